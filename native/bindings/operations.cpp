@@ -1,10 +1,12 @@
 #include "bindings/operations.h"
 
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <memory>
 
 #include "cpu/cpu_backend.h"
@@ -15,8 +17,6 @@ namespace nb = nanobind;
 
 namespace vptq::bindings {
 namespace {
-
-constexpr int kMaxTokens = 512;
 
 using In = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 // A tensor as the file would hold it: its GGUF type number, its shape and its bytes.
@@ -58,14 +58,25 @@ class Layer {
 
 class Operations {
  public:
-  Operations(const std::string& isa, int n_threads) : backend_(n_threads, kMaxTokens, isa) {}
+  Operations(const std::string& isa, int n_threads) : backend_(n_threads, isa) {}
 
   Array2 linear(const RawTensors& tensors, int out_features, const In& x) {
-    expect(x.ndim() == 2 && x.shape(0) >= 1 && x.shape(0) <= kMaxTokens, "x: expected shape (1 to 512, in_features)");
+    expect(x.ndim() == 2 && x.shape(0) >= 1, "x: expected shape (n, in_features)");
     const Layer layer(tensors, int(x.shape(1)), out_features);
     const auto ready = backend_.linear(layer.weights());
     Array2 y = new_array(x.shape(0), out_features);
-    backend_.apply(*ready, x.data(), int(x.shape(0)), y.data());
+    backend_.apply({{*ready, y.data()}}, x.data(), int(x.shape(0)));
+    return y;
+  }
+
+  // Three layers on the same x.
+  std::array<Array2, 3> linears(const std::array<RawTensors, 3>& tensors, const std::array<int, 3>& out, const In& x) {
+    expect(x.ndim() == 2 && x.shape(0) >= 1, "x: expected shape (n, in_features)");
+    const int n = int(x.shape(0)), in = int(x.shape(1));
+    const Layer a(tensors[0], in, out[0]), b(tensors[1], in, out[1]), c(tensors[2], in, out[2]);
+    const auto la = backend_.linear(a.weights()), lb = backend_.linear(b.weights()), lc = backend_.linear(c.weights());
+    std::array<Array2, 3> y{new_array(n, out[0]), new_array(n, out[1]), new_array(n, out[2])};
+    backend_.apply({{*la, y[0].data()}, {*lb, y[1].data()}, {*lc, y[2].data()}}, x.data(), n);
     return y;
   }
 
@@ -158,6 +169,7 @@ void bind_operations(nb::module_& m) {
   nb::class_<Operations>(m, "Operations")
       .def(nb::init<const std::string&, int>(), nb::arg("isa"), nb::arg("n_threads"))
       .def("linear", &Operations::linear, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"))
+      .def("linears", &Operations::linears, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"))
       .def("embed", &Operations::embed, nb::arg("table"), nb::arg("tokens"))
       .def("rms_norm", &Operations::rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"))
       .def("swiglu", &Operations::swiglu, nb::arg("gate"), nb::arg("up"))

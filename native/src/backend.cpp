@@ -5,8 +5,8 @@
 
 namespace vptq {
 
-std::unique_ptr<Backend> make_backend(const std::string& device, int n_threads, int max_tokens) {
-  if (device == "auto" || device == "cpu") return std::make_unique<cpu::CpuBackend>(n_threads, max_tokens);
+std::unique_ptr<Backend> make_backend(const std::string& device, int n_threads) {
+  if (device == "auto" || device == "cpu") return std::make_unique<cpu::CpuBackend>(n_threads);
   if (device == "cuda")
     throw UnsupportedError("device: found 'cuda', expected auto or cpu: this build has no CUDA backend");
   throw OptionError("device: found '" + device + "', expected auto, cpu or cuda");

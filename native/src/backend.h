@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <vector>
@@ -45,6 +46,12 @@ class Linear {
   virtual ~Linear() = default;
 };
 
+// One use of a linear layer: y (n, out_features) = W x + bias
+struct Projection {
+  const Linear& layer;
+  float* y;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -65,8 +72,8 @@ class Backend {
   virtual void embed(const Batch& batch, const Tensor& table, float* x) = 0;
   // out = x / sqrt(mean(x^2) + eps) * weight, over rows of d
   virtual void rms_norm(const float* x, int n, int d, const float* weight, float eps, float* out) = 0;
-  // y = W x + bias
-  virtual void apply(const Linear& layer, const float* x, int n, float* y) = 0;
+  // All of these layers on the same x (n, in_features).
+  virtual void apply(std::initializer_list<Projection> projections, const float* x, int n) = 0;
   // Rotates x (n, n_head, head_dim): the pair (i, i + head_dim / 2) by the angle position * inv_freq[i].
   virtual void rope(const Batch& batch, int n_head, int head_dim, const float* inv_freq, float* x) = 0;
   // Puts k and v (n, n_head_kv, head_dim) into the cache at the tokens' positions.
@@ -83,7 +90,7 @@ class Backend {
   virtual void select_outputs(const Batch& batch, const float* x, int d, float* out) = 0;
 };
 
-// device: "auto", "cpu" or "cuda". n_threads 0: the physical cores. max_tokens: of one batch.
-std::unique_ptr<Backend> make_backend(const std::string& device, int n_threads, int max_tokens);
+// device: "auto", "cpu" or "cuda". n_threads 0: the physical cores.
+std::unique_ptr<Backend> make_backend(const std::string& device, int n_threads);
 
 }  // namespace vptq

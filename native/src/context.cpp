@@ -12,7 +12,7 @@ struct Context::State {
   State(std::shared_ptr<const Model> m, const ContextOptions& options, DType kv_type)
       : model(std::move(m)),
         n_ctx(options.n_ctx),
-        backend(make_backend(options.device, options.n_threads, kMaxBatch)),
+        backend(make_backend(options.device, options.n_threads)),
         cache(*backend,
               KvLayout{model->hyperparameters().n_layer, model->hyperparameters().n_head_kv,
                        model->hyperparameters().head_dim, kv_type},

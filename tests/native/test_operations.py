@@ -170,6 +170,23 @@ def test_dense_linear(
     assert relative_l2(operations.linear(tensors, out, x), x.astype(np.float64) @ weight.T) < 1e-6
 
 
+@pytest.mark.parametrize("n_tokens", [1, 3, 64])
+def test_layers_that_share_a_loop(operations: _native.Operations, n_tokens: int) -> None:
+    """With rows that come in blocks of 6, of 24 (8 and 12) and of 4, enough of them for several chunks."""
+    rng = np.random.default_rng(n_tokens)
+    outs = (1000, 77, 502)
+    layers = [
+        vptq_layer(rng, out=outs[0], v=6, k=64, group_size=300, norm_dim=1, bias=True)[0],
+        vptq_layer(rng, out=outs[1], v=8, k=64, group_size=280, n0=20, v0=12)[0],
+        {"weight": raw(rng.normal(size=(outs[2], 300)), "f16"), "bias": raw(rng.normal(size=outs[2]), "f16")},
+    ]
+    x = rng.normal(size=(n_tokens, 300)).astype(np.float32)
+    for order in ([0, 1, 2], [2, 0, 1], [1, 1, 0]):
+        together = operations.linears([layers[i] for i in order], [outs[i] for i in order], x)
+        for i, y in zip(order, together, strict=True):
+            assert np.array_equal(y, operations.linear(layers[i], outs[i], x))
+
+
 @pytest.mark.parametrize("name", ["v8-k65536-256", "v12-k4096-4096-outliers", "v5-k7-3"])
 def test_a_token_gives_the_same_alone_and_in_a_batch(operations: _native.Operations, name: str) -> None:
     rng = np.random.default_rng(0)

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <numeric>
 
 #include "cpu/machine.h"
 #include "vptq/error.h"
@@ -26,33 +25,18 @@ int checked_threads(int n) {
 constexpr int64_t kChunkWork = 1 << 15;
 constexpr int64_t kChunksPerThread = 4;  // so that a thread that was held up leaves its share to the others
 
-// How many of n items make a chunk: a multiple of `unit`; `work` is the multiply-adds of one item.
-int64_t chunk_of(int64_t n, int64_t work, int n_threads, int64_t unit = 1) {
-  const auto units = [unit](int64_t items) { return (items + unit - 1) / unit; };
-  const int64_t fair = units((n + n_threads * kChunksPerThread - 1) / (n_threads * kChunksPerThread));
-  return unit * std::max(fair, units((kChunkWork + work - 1) / work));
+// How many of n items make a chunk; `work` is the multiply-adds of one item.
+int64_t chunk_of(int64_t n, int64_t work, int n_threads) {
+  const int64_t fair = (n + n_threads * kChunksPerThread - 1) / (n_threads * kChunksPerThread);
+  return std::max(fair, (kChunkWork + work - 1) / work);
 }
 
 }  // namespace
 
-struct CpuBackend::DenseLinear : Linear {
-  Tensor weight;
-  int in_features, out_features;
-  const float* bias;  // (out_features) or nullptr
-};
-
-struct CpuBackend::VptqLinear : Linear {
-  int in_features, out_features;
-  std::vector<VqColumns> columns;
-  int block_rows;  // the least common multiple of their vector lengths: rows that can be computed by themselves
-  const uint16_t* perm;
-  const float *scale, *shift, *out_scale, *out_shift, *bias;  // nullptr where there is none
-};
-
 void CpuBackend::Free::operator()(std::byte* p) const { std::free(p); }
 
-CpuBackend::CpuBackend(int n_threads, int max_tokens, const std::string& isa)
-    : kernels_(kernels_for(isa)), max_tokens_(max_tokens), threads_(checked_threads(n_threads)), offsets_(max_tokens) {}
+CpuBackend::CpuBackend(int n_threads, const std::string& isa)
+    : kernels_(kernels_for(isa)), threads_(checked_threads(n_threads)) {}
 
 std::string CpuBackend::description() const {
   const int n = threads_.size();
@@ -85,29 +69,11 @@ const float* CpuBackend::vector(const std::vector<float>& values) {
 
 std::unique_ptr<Linear> CpuBackend::linear(const LinearWeights& w) {
   const auto optional = [this](const Tensor* t) { return t ? vector(*t) : nullptr; };
-  if (const auto* dense = std::get_if<DenseWeights>(&w.weights)) {
-    auto layer = std::make_unique<DenseLinear>();
-    layer->weight = dense->weight;
-    layer->in_features = w.in_features;
-    layer->out_features = w.out_features;
-    layer->bias = optional(w.bias);
-    return layer;
-  }
+  const float* bias = optional(w.bias);
+  if (std::holds_alternative<DenseWeights>(w.weights)) return std::make_unique<DenseLinear>(kernels_, w, bias);
   const auto& vptq = std::get<VptqWeights>(w.weights);
-  auto layer = std::make_unique<VptqLinear>();
-  layer->in_features = w.in_features;
-  layer->out_features = w.out_features;
-  layer->columns = vptq.columns;
-  layer->block_rows = 1;
-  for (const VqColumns& c : vptq.columns) layer->block_rows = std::lcm(layer->block_rows, c.v);
-  layer->perm = vptq.perm;
-  layer->scale = optional(vptq.scale);
-  layer->shift = optional(vptq.shift);
-  layer->out_scale = optional(vptq.out_scale);
-  layer->out_shift = optional(vptq.out_shift);
-  layer->bias = optional(w.bias);
-  if (layer->perm || layer->scale) gathered_.resize(std::max(gathered_.size(), size_t(max_tokens_) * w.in_features));
-  return layer;
+  const VptqNorms norms{optional(vptq.scale), optional(vptq.shift), optional(vptq.out_scale), optional(vptq.out_shift)};
+  return std::make_unique<VptqLinear>(kernels_, w, norms, bias);
 }
 
 void CpuBackend::embed(const Batch& batch, const Tensor& table, float* x) {
@@ -121,49 +87,44 @@ void CpuBackend::rms_norm(const float* x, int n, int d, const float* weight, flo
   });
 }
 
-void CpuBackend::apply(const Linear& layer, const float* x, int n, float* y) {
-  if (const auto* vptq = dynamic_cast<const VptqLinear*>(&layer))
-    apply_vptq(*vptq, x, n, y);
-  else
-    apply_dense(dynamic_cast<const DenseLinear&>(layer), x, n, y);
-}
+void CpuBackend::apply(std::initializer_list<Projection> projections, const float* x, int n) {
+  shares_.clear();
+  size_t prepared_size = 0;
+  int64_t n_rows = 0;
+  for (const Projection& p : projections) {
+    const auto& layer = static_cast<const CpuLinear&>(p.layer);
+    shares_.push_back({&layer, prepared_size, n_rows, p.y});
+    prepared_size += size_t(n) * layer.prepared_size();
+    n_rows += layer.out_features;
+  }
+  if (prepared_.size() < prepared_size) prepared_.resize(prepared_size);
+  prepare(x, n, prepared_size);
 
-void CpuBackend::apply_dense(const DenseLinear& layer, const float* x, int n, float* y) {
-  const int rows = layer.out_features;
-  const int64_t chunk = chunk_of(rows, int64_t{n} * layer.in_features, threads_.size(), 4);
-  threads_.parallel_for(rows, chunk, [&](int64_t begin, int64_t end) {
-    kernels_.dense(layer.weight, layer.in_features, x, layer.in_features, n, int(begin), int(end), y, rows);
-    if (!layer.bias) return;
-    for (int t = 0; t < n; ++t) kernels_.add(y + int64_t{t} * rows + begin, layer.bias + begin, end - begin);
-  });
-}
-
-// W x = sum_c w[:, c] (x scale)[perm[c]] + sum_i x_i shift_i, and with norms per output out_scale (w x) + out_shift
-// sum_i x_i.
-void CpuBackend::apply_vptq(const VptqLinear& layer, const float* x, int n, float* y) {
-  const int in = layer.in_features, rows = layer.out_features;
-  const bool gathers = layer.perm || layer.scale;
-  threads_.parallel_for(n, chunk_of(n, in, threads_.size()), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const float* xt = x + t * in;
-      if (gathers) kernels_.gather(xt, layer.perm, layer.scale, in, gathered_.data() + t * in);
-      if (layer.shift) offsets_[t] = kernels_.dot(xt, layer.shift, in);
-      if (layer.out_shift) offsets_[t] = kernels_.sum(xt, in);
+  const int64_t chunk = chunk_of(n_rows, int64_t{n} * shares_[0].layer->in_features, threads_.size());
+  threads_.parallel_for(n_rows, chunk, [&](int64_t begin, int64_t end) {
+    for (const Share& s : shares_) {
+      const int first = s.row(begin), last = s.row(end);
+      if (first < last) s.layer->rows(x, prepared_.data() + s.prepared, n, first, last, s.y);
     }
   });
-  const float* permuted = gathers ? gathered_.data() : x;
-  const int64_t chunk = chunk_of(rows, int64_t{n} * in, threads_.size(), layer.block_rows);
-  threads_.parallel_for(rows, chunk, [&](int64_t begin, int64_t end) {
-    for (size_t i = 0; i < layer.columns.size(); ++i)
-      kernels_.vq(layer.columns[i], permuted, in, n, int(begin), int(end), i > 0, y, rows);
-    for (int t = 0; t < n; ++t)
-      for (int64_t o = begin; o < end; ++o) {
-        float& out = y[int64_t{t} * rows + o];
-        if (layer.shift) out += offsets_[t];
-        if (layer.out_scale) out = out * layer.out_scale[o] + offsets_[t] * layer.out_shift[o];
-        if (layer.bias) out += layer.bias[o];
-      }
+}
+
+void CpuBackend::prepare(const float* x, int n, size_t size) {
+  if (size == 0) return;
+  const auto items = int64_t(shares_.size()) * n;
+  const int64_t work = (int64_t(size) + items - 1) / items;
+  threads_.parallel_for(items, chunk_of(items, work, threads_.size()), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Share& s = shares_[i / n];
+      s.layer->prepare(x, n, int(i % n), prepared_.data() + s.prepared);
+    }
   });
+}
+
+// The first row from i on, of those of the whole loop, with which a chunk of this layer may begin or end.
+int CpuBackend::Share::row(int64_t i) const {
+  const int64_t unit = layer->row_unit, row = std::max<int64_t>(i - first_row, 0);
+  return int(std::min<int64_t>((row + unit - 1) / unit * unit, layer->out_features));
 }
 
 void CpuBackend::rope(const Batch& batch, int n_head, int head_dim, const float* inv_freq, float* x) {

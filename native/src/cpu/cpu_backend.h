@@ -7,6 +7,7 @@
 
 #include "backend.h"
 #include "cpu/kernels.h"
+#include "cpu/linear.h"
 #include "cpu/thread_pool.h"
 
 namespace vptq::cpu {
@@ -14,7 +15,7 @@ namespace vptq::cpu {
 class CpuBackend : public Backend {
  public:
   // isa "": as VPTQ_CPU_ISA says, or the best. Throws OptionError.
-  CpuBackend(int n_threads, int max_tokens, const std::string& isa = "");
+  explicit CpuBackend(int n_threads, const std::string& isa = "");
 
   std::string description() const override;
   size_t available_memory() const override;
@@ -27,7 +28,7 @@ class CpuBackend : public Backend {
 
   void embed(const Batch& batch, const Tensor& table, float* x) override;
   void rms_norm(const float* x, int n, int d, const float* weight, float eps, float* out) override;
-  void apply(const Linear& layer, const float* x, int n, float* y) override;
+  void apply(std::initializer_list<Projection> projections, const float* x, int n) override;
   void rope(const Batch& batch, int n_head, int head_dim, const float* inv_freq, float* x) override;
   void store_kv(const Batch& batch, const KvLayout& layout, int layer, const float* k, const float* v) override;
   void attention(const Batch& batch, const KvLayout& layout, int layer, int n_head, int window, const float* q,
@@ -40,18 +41,23 @@ class CpuBackend : public Backend {
   struct Free {
     void operator()(std::byte* p) const;
   };
-  struct DenseLinear;
-  struct VptqLinear;
+  // A projection's share of one loop over the rows of several.
+  struct Share {
+    const CpuLinear* layer;
+    size_t prepared;    // where in prepared_ its part begins
+    int64_t first_row;  // rows of the projections before it
+    float* y;
 
-  void apply_dense(const DenseLinear& layer, const float* x, int n, float* y);
-  void apply_vptq(const VptqLinear& layer, const float* x, int n, float* y);
+    int row(int64_t i) const;
+  };
+
+  void prepare(const float* x, int n, size_t size);
 
   const Kernels& kernels_;
-  int max_tokens_;
   ThreadPool threads_;
   std::vector<std::unique_ptr<std::byte[], Free>> memory_;
-  std::vector<float> gathered_;  // (max_tokens, in_features of the widest VPTQ layer): x permuted and scaled
-  std::vector<float> offsets_;   // (max_tokens): what VPTQ shifts add to every output of a token
+  std::vector<float> prepared_;  // what the layers of one apply() have made of x, one behind the other
+  std::vector<Share> shares_;    // of one apply()
 };
 
 }  // namespace vptq::cpu

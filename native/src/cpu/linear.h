@@ -1,0 +1,73 @@
+// Linear layers on the CPU. A layer works in two steps, so that each can be shared out to threads: what it makes of a
+// token's x, then some of its rows for all tokens.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "backend.h"
+#include "cpu/kernels.h"
+
+namespace vptq::cpu {
+
+class CpuLinear : public Linear {
+ public:
+  CpuLinear(const Kernels& kernels, int in_features, int out_features, int row_unit, const float* bias)
+      : in_features(in_features), out_features(out_features), row_unit(row_unit), kernels_(kernels), bias_(bias) {}
+
+  const int in_features, out_features;
+  const int row_unit;  // rows() begins at a multiple of it, and ends at one or at out_features
+
+  // Floats that prepare() needs for each token; 0: there is nothing to prepare.
+  virtual int prepared_size() const = 0;
+  // Makes ready token t of x (n, in_features); prepared (n * prepared_size()).
+  virtual void prepare(const float* x, int n, int t, float* prepared) const = 0;
+  // y[t][o] = sum_i W[o, i] x[t][i] + bias[o] for all tokens and the outputs o in [begin, end)
+  virtual void rows(const float* x, const float* prepared, int n, int begin, int end, float* y) const = 0;
+
+ protected:
+  const Kernels& kernels_;
+  const float* bias_;  // (out_features) or nullptr
+};
+
+class DenseLinear : public CpuLinear {
+ public:
+  DenseLinear(const Kernels& kernels, const LinearWeights& weights, const float* bias);
+
+  int prepared_size() const override { return 0; }
+  void prepare(const float*, int, int, float*) const override {}
+  void rows(const float* x, const float* prepared, int n, int begin, int end, float* y) const override;
+
+ private:
+  Tensor weight_;
+};
+
+// Scales and shifts as float32; nullptr where there is none.
+struct VptqNorms {
+  const float *scale, *shift;          // (in_features)
+  const float *out_scale, *out_shift;  // (out_features)
+};
+
+// W x = sum_c w[:, c] (x scale)[perm[c]] + sum_i x_i shift_i, and with norms per output out_scale (w x) + out_shift
+// sum_i x_i.
+class VptqLinear : public CpuLinear {
+ public:
+  VptqLinear(const Kernels& kernels, const LinearWeights& weights, const VptqNorms& norms, const float* bias);
+
+  int prepared_size() const override;
+  void prepare(const float* x, int n, int t, float* prepared) const override;
+  void rows(const float* x, const float* prepared, int n, int begin, int end, float* y) const override;
+
+ private:
+  bool gathers() const { return perm_ || norms_.scale; }
+  // What is prepared: x permuted and scaled (n, in_features) if the layer gathers, then, from first_offset(n) on, what
+  // the shifts add to every output of a token (n).
+  int64_t first_offset(int n) const { return gathers() ? int64_t{n} * in_features : 0; }
+  void finish(const float* offsets, int n, int begin, int end, float* y) const;
+
+  std::vector<VqColumns> columns_;
+  const uint16_t* perm_;
+  VptqNorms norms_;
+};
+
+}  // namespace vptq::cpu
