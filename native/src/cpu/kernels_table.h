@@ -4,6 +4,9 @@
 
 // clang-format off
 #include "cpu/kernels/elementwise.h"
+#include "cpu/kernels/unpack.h"
+#include "cpu/kernels/codebook.h"
+#include "cpu/kernels/vq_token.h"
 #include "cpu/kernels/vq.h"
 #include "cpu/kernels/dense.h"
 #include "cpu/kernels/attention.h"

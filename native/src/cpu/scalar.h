@@ -32,14 +32,3 @@ inline uint16_t float_to_f16(float x) {
   const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
   return uint16_t(sign | ((rounded - 0x38000000) >> 13));
 }
-
-// Values [first, first + n) of a row of values of `bits` (1 to 32) bits, packed back to back, least significant first.
-inline void unpack_one_by_one(const uint8_t* row, int64_t row_bytes, int bits, int64_t first, int n, uint32_t* out) {
-  const uint32_t mask = bits == 32 ? ~0u : (1u << bits) - 1;
-  for (int i = 0; i < n; ++i) {
-    const int64_t bit = (first + i) * bits, byte = bit / 8;
-    uint64_t window = 0;  // 32 bits from any bit of a byte on reach into five bytes
-    for (int64_t k = byte; k < byte + 5 && k < row_bytes; ++k) window |= uint64_t(row[k]) << 8 * (k - byte);
-    out[i] = uint32_t(window >> (bit % 8)) & mask;
-  }
-}

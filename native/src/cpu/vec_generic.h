@@ -97,14 +97,50 @@ float sum(const Lanes<N>& x) {
   return total;
 }
 
-// Unpacks rows of values of `bits` bits (see unpack_one_by_one). first is a multiple of 8.
-class Unpacker {
- public:
-  explicit Unpacker(int bits) : bits_(bits) {}
-  void operator()(const uint8_t* row, int64_t row_bytes, int64_t first, int n, uint32_t* out) const {
-    unpack_one_by_one(row, row_bytes, bits_, first, n, out);
-  }
+// Whole numbers side by side, as many as the processor's vector holds, but a multiple of 8.
+struct Words {
+  static constexpr int kCount = 8;
+  uint32_t a[kCount];
 
- private:
-  int bits_;
+  static Words broadcast(uint32_t x) {
+    Words r;
+    for (uint32_t& word : r.a) word = x;
+    return r;
+  }
+  static Words load(const void* p) {
+    Words r;
+    __builtin_memcpy(r.a, p, sizeof(r.a));
+    return r;
+  }
+  void store(uint32_t* p) const { __builtin_memcpy(p, a, sizeof(a)); }
 };
+
+template <class F>
+Words map(const Words& x, const Words& y, F f) {
+  Words r;
+  for (int i = 0; i < Words::kCount; ++i) r.a[i] = f(x.a[i], y.a[i]);
+  return r;
+}
+
+// x[i[0]], x[i[1]], ...
+inline Words permute(const Words& x, const Words& i) {
+  Words r;
+  for (int k = 0; k < Words::kCount; ++k) r.a[k] = x.a[i.a[k]];
+  return r;
+}
+// Shifts by as many bits as y says, in each place; by 32 there is nothing left.
+inline Words operator>>(const Words& x, const Words& y) {
+  return map(x, y, [](uint32_t p, uint32_t q) { return q < 32 ? p >> q : 0; });
+}
+inline Words operator<<(const Words& x, const Words& y) {
+  return map(x, y, [](uint32_t p, uint32_t q) { return q < 32 ? p << q : 0; });
+}
+inline Words operator|(const Words& x, const Words& y) {
+  return map(x, y, [](uint32_t p, uint32_t q) { return p | q; });
+}
+inline Words operator&(const Words& x, const Words& y) {
+  return map(x, y, [](uint32_t p, uint32_t q) { return p & q; });
+}
+inline Words operator*(const Words& x, const Words& y) {
+  return map(x, y, [](uint32_t p, uint32_t q) { return p * q; });
+}

@@ -1,107 +1,10 @@
-// Columns of a vector-quantised matrix times activations. Included inside an anonymous namespace, after a vec_*.h.
+// Columns of a vector-quantised matrix times activations. Included inside an anonymous namespace, after codebook.h and
+// vq_token.h.
 //
-// A block is v output rows. A column's v weights in a block are one centroid (plus one residual centroid): v lanes.
-// The weight is looked up, then added as x * w to the block's v sums, column by column: for one token straight from the
+// Each weight is looked up, then added as x * w to its row's sum, column by column: for one token straight from the
 // codebook, for several from a tile of weights looked up once. Either way the same operations in the same order.
 
-constexpr int kTileColumns = 256;
 constexpr int kTileTokens = 128;  // whose sums are kept while a tile is there
-constexpr int kTokenBlocks = 4;   // that share the loads of a lone token's x
-
-// How centroids lie in memory.
-struct F16Centroids {
-  using Element = uint16_t;
-  template <int V>
-  static Lanes<V> load(const Element* p) {
-    return Lanes<V>::load_f16(p);
-  }
-};
-struct Bf16Centroids {
-  using Element = uint16_t;
-  template <int V>
-  static Lanes<V> load(const Element* p) {
-    return Lanes<V>::load_bf16(p);
-  }
-};
-struct F32Centroids {
-  using Element = float;
-  template <int V>
-  static Lanes<V> load(const Element* p) {
-    return Lanes<V>::load(p);
-  }
-};
-
-// One group's codebooks.
-template <int V, class Centroids, bool Residual>
-struct Codebook {
-  const typename Centroids::Element *centroids, *res_centroids;
-  int index_bits;
-  uint32_t index_mask;
-
-  Codebook(const VqColumns& c, int group)
-      : centroids(reinterpret_cast<const typename Centroids::Element*>(c.centroids) + int64_t{group} * c.k * V),
-        res_centroids(Residual ? reinterpret_cast<const typename Centroids::Element*>(c.res_centroids) +
-                                     int64_t{group} * c.r * V
-                               : nullptr),
-        index_bits(c.index_bits),
-        index_mask((1u << c.index_bits) - 1) {}  // k is at most 2^16
-
-  Lanes<V> operator[](uint32_t value) const {
-    const Lanes<V> w = Centroids::template load<V>(centroids + int64_t{value & index_mask} * V);
-    if constexpr (Residual) return w + Centroids::template load<V>(res_centroids + int64_t{value >> index_bits} * V);
-    return w;
-  }
-};
-
-inline const uint8_t* index_row(const VqColumns& c, int group, int block) {
-  return reinterpret_cast<const uint8_t*>(c.indices) + (int64_t{group} * c.n_blocks + block) * c.row_bytes;
-}
-
-// Asks for the indices that come after columns [j0, j0 + n) of a block: the next tile's, or the first of the block that
-// lies `ahead` blocks on. They come from memory, from so many rows at a time that the processor does not foresee it.
-// Inlined by force: GCC takes a function that only prefetches for one without effect and drops the call.
-[[gnu::always_inline]] inline void prefetch_indices(const VqColumns& c, int group, int block, int j0, int n,
-                                                    int ahead) {
-  const int bits = c.index_bits + c.res_bits;
-  const uint8_t* next = j0 + n < c.group_size ? index_row(c, group, block) + (int64_t{j0} + n) * bits / 8
-                                              : index_row(c, group, block + ahead);
-  for (int i = 0; i < kTileColumns * bits / 8; i += 64) __builtin_prefetch(next + i);
-}
-
-// Adds or stores a block's sums to y, up to row_end: rows past out_features are padding.
-template <int V>
-void put(const Lanes<V>& sums, int block, int row_end, bool accumulate, float* y) {
-  float values[V];
-  sums.store(values);
-  const int row = block * V;
-  for (int lane = 0; lane < V && row + lane < row_end; ++lane)
-    y[row + lane] = accumulate ? y[row + lane] + values[lane] : values[lane];
-}
-
-// One token, B blocks.
-template <int B, int V, class Centroids, bool Residual>
-void vq_token(const VqColumns& c, const float* x, int block, int row_end, bool accumulate, float* y) {
-  alignas(64) uint32_t values[B][kTileColumns];
-  const Unpacker unpack(c.index_bits + c.res_bits);
-  Lanes<V> acc[B];
-  for (auto& a : acc) a = Lanes<V>::broadcast(0);
-  for (int q = 0; q < c.n_groups; ++q) {
-    const Codebook<V, Centroids, Residual> codebook(c, q);
-    const float* xq = x + c.first_column + q * c.group_size;
-    for (int j0 = 0; j0 < c.group_size; j0 += kTileColumns) {
-      const int n = c.group_size - j0 < kTileColumns ? c.group_size - j0 : kTileColumns;
-      for (int b = 0; b < B; ++b) {
-        unpack(index_row(c, q, block + b), c.row_bytes, j0, n, values[b]);
-        prefetch_indices(c, q, block + b, j0, n, B);
-      }
-      for (int j = 0; j < n; ++j) {
-        const Lanes<V> xj = Lanes<V>::broadcast(xq[j0 + j]);
-        for (int b = 0; b < B; ++b) acc[b] = fma(xj, codebook[values[b][j]], acc[b]);
-      }
-    }
-  }
-  for (int b = 0; b < B; ++b) put(acc[b], block + b, row_end, accumulate, y);
-}
 
 // The blocks of a tile, so that its rows fill whole vectors of kWidth floats: 32 rows, or 48.
 constexpr int tile_blocks(int v) { return v == 2 ? 16 : v <= 6 ? 8 : v <= 12 ? 4 : 2; }
@@ -132,7 +35,7 @@ void vq_tokens(const VqColumns& c, const float* x, int64_t x_stride, int n_token
   constexpr int kRows = tile_blocks(V) * V;
   alignas(64) float sums[kTileTokens][kRows];
   alignas(64) float w[kTileColumns][kRows];
-  alignas(64) uint32_t values[kTileColumns];
+  Offsets<Residual> offsets;
   const Unpacker unpack(c.index_bits + c.res_bits);
   __builtin_memset(sums, 0, sizeof(sums[0]) * n_tokens);
   __builtin_memset(w, 0, sizeof(w));  // rows of blocks that are not there
@@ -142,9 +45,9 @@ void vq_tokens(const VqColumns& c, const float* x, int64_t x_stride, int n_token
     for (int j0 = 0; j0 < c.group_size; j0 += kTileColumns) {
       const int n = c.group_size - j0 < kTileColumns ? c.group_size - j0 : kTileColumns;
       for (int b = 0; b < n_blocks; ++b) {
-        unpack(index_row(c, q, block + b), c.row_bytes, j0, n, values);
+        codebook.find(unpack, index_row(c, q, block + b), c.row_bytes, j0, n, offsets);
         prefetch_indices(c, q, block + b, j0, n, tile_blocks(V));
-        for (int j = 0; j < n; ++j) codebook[values[j]].store(w[j] + b * V);
+        for (int j = 0; j < n; ++j) codebook.template look_up<Block<V>>(&offsets, j).store(w[j] + b * V);
       }
       int t = 0;
       for (; t + kTokensAtOnce <= n_tokens; t += kTokensAtOnce)
@@ -154,21 +57,14 @@ void vq_tokens(const VqColumns& c, const float* x, int64_t x_stride, int n_token
     }
   }
   for (int t = 0; t < n_tokens; ++t)
-    for (int b = 0; b < n_blocks; ++b)
-      put(Lanes<V>::load(sums[t] + b * V), block + b, row_end, accumulate, y + t * y_stride);
+    for (int b = 0; b < n_blocks; ++b) put<V>(sums[t] + b * V, block + b, row_end, accumulate, y + t * y_stride);
 }
 
 template <int V, class Centroids, bool Residual>
 void vq_rows(const VqColumns& c, const float* x, int64_t x_stride, int n_tokens, int row_begin, int row_end,
              bool accumulate, float* y, int64_t y_stride) {
   const int first_block = row_begin / V, end_block = (row_end + V - 1) / V;
-  if (n_tokens == 1) {
-    int block = first_block;
-    for (; block + kTokenBlocks <= end_block; block += kTokenBlocks)
-      vq_token<kTokenBlocks, V, Centroids, Residual>(c, x, block, row_end, accumulate, y);
-    for (; block < end_block; ++block) vq_token<1, V, Centroids, Residual>(c, x, block, row_end, accumulate, y);
-    return;
-  }
+  if (n_tokens == 1) return vq_token<V, Centroids, Residual>(c, x, first_block, end_block, row_end, accumulate, y);
   for (int t = 0; t < n_tokens; t += kTileTokens) {
     const int tokens = n_tokens - t < kTileTokens ? n_tokens - t : kTileTokens;
     for (int block = first_block; block < end_block; block += tile_blocks(V)) {
@@ -195,14 +91,15 @@ void vq_rows_any(const VqColumns& c, const float* x, int64_t x_stride, int n_tok
       for (int q = 0; q < c.n_groups; ++q)
         for (int j0 = 0; j0 < c.group_size; j0 += kTileColumns) {
           const int n = c.group_size - j0 < kTileColumns ? c.group_size - j0 : kTileColumns;
-          unpack(index_row(c, q, row / c.v), c.row_bytes, j0, n, values);
+          unpack(index_row(c, q, row / c.v), c.row_bytes, j0, n, [&](int j, Words w) { w.store(values + j); });
           for (int j = 0; j < n; ++j) {
             const float xj = x[t * x_stride + c.first_column + q * c.group_size + j0 + j];
             const Element* w = centroids + (int64_t{q} * c.k + (values[j] & mask)) * c.v;
             const Element* res = c.r ? res_centroids + (int64_t{q} * c.r + (values[j] >> c.index_bits)) * c.v : nullptr;
             for (int lane = 0; lane < c.v; ++lane) {
-              Lanes<1> weight = Centroids::template load<1>(w + lane);
-              if (res) weight = weight + Centroids::template load<1>(res + lane);
+              const Element *p = w + lane, *res_p = res + lane;
+              Lanes<1> weight = Centroids::template load<Block<1>>(&p);
+              if (c.r) weight = weight + Centroids::template load<Block<1>>(&res_p);
               acc[lane] = sum(fma(Lanes<1>::broadcast(xj), weight, Lanes<1>::broadcast(acc[lane])));
             }
           }
