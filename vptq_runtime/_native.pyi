@@ -10,9 +10,10 @@ class Model:
     """A GGUF file, mapped and checked."""
 
     def __init__(self, path: str) -> None: ...
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """All key-value pairs of the file (arrays as lists)."""
+    def metadata_keys(self) -> list[str]:
+        """Of all key-value pairs of the file, but for names that are not UTF-8."""
+    def metadata_value(self, key: str) -> Any:
+        """Of one key, made anew (an array is a list); None where the file lacks it."""
     @property
     def file_bytes(self) -> int: ...
     @property
@@ -102,6 +103,10 @@ class Operations:
     @staticmethod
     def dequantize(tensors: dict[str, RawTensor], in_features: int, out_features: int) -> Array: ...
     def linear(self, tensors: dict[str, RawTensor], out_features: int, x: Array) -> Array: ...
+    def time_linear(
+        self, tensors: dict[str, RawTensor], out_features: int, x: Array, repetitions: int
+    ) -> list[float]:
+        """Seconds that each repetition of `linear` takes, the layer being read once."""
     def linears(
         self, tensors: Sequence[dict[str, RawTensor]], out_features: Sequence[int], x: Array
     ) -> list[Array]:
@@ -122,3 +127,6 @@ def physical_cores() -> int:
 
 def available_memory() -> int:
     """Bytes that can be allocated without swapping, the container's limits heeded."""
+
+def return_freed_memory() -> None:
+    """Gives the system back what malloc keeps of freed memory, where it can."""

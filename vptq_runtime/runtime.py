@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cached_property
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from vptq_runtime import _native
@@ -22,6 +21,7 @@ from vptq_runtime.generation import (
     shown,
 )
 from vptq_runtime.kept_sequence import KeptSequence
+from vptq_runtime.metadata import Metadata
 from vptq_runtime.sequence import DecodingSequence
 from vptq_runtime.text_stream import TextStream
 from vptq_runtime.tokenizer import Tokenizer
@@ -83,15 +83,16 @@ class Runtime:
             raise OptionError(f"device: found {shown(device)}, expected one of {', '.join(DEVICES)}")
         self._path = _checked_path(path)
         model = _native.Model(self._path)
-        self._metadata = model.metadata
+        self._metadata: Metadata | None = Metadata(model)
         self._n_vocab = model.n_vocab
         self._n_ctx_train = model.n_ctx_train
-        tokenizer_json = self._metadata.get("tokenizer.huggingface.json")
+        tokenizer_json = self.metadata.get("tokenizer.huggingface.json")
         self._tokenizer = None
         if tokenizer_json is not None:
             self._tokenizer = Tokenizer(tokenizer_json, self._n_vocab, self._path)
-        key = "vptq.eos_token_ids"
-        self._end_tokens = frozenset(self._file_tokens(key, self._metadata.get(key, [])))
+            del tokenizer_json  # it and its parts were tens of MB
+            _native.return_freed_memory()
+        self._end_tokens = frozenset(self._file_tokens("vptq.eos_token_ids"))
         self._lock = threading.RLock()  # reentrant: the garbage collector may close a stream anywhere
         self._context: _native.Context | None = _native.Context(
             model,
@@ -119,12 +120,14 @@ class Runtime:
     def close(self) -> None:
         """Gives back the file and the memory. Waits for a native call that another thread is in."""
         with self._lock:
-            self._context = None
+            self._context = self._metadata = None
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """All key-value pairs of the file, read only; arrays are lists."""
-        return MappingProxyType(self._metadata)
+        """All key-value pairs of the file, read only; arrays are lists, made when they are asked for."""
+        if self._metadata is None:
+            raise self._closed()
+        return self._metadata
 
     @property
     def device(self) -> str:
@@ -374,7 +377,10 @@ class Runtime:
 
     def _check_open(self) -> None:
         if self._context is None:
-            raise OptionError(f"{self._path}: the Runtime is closed, expected an open one")
+            raise self._closed()
+
+    def _closed(self) -> OptionError:
+        return OptionError(f"{self._path}: the Runtime is closed, expected an open one")
 
     @contextlib.contextmanager
     def _native(self) -> Iterator[_native.Context]:
@@ -396,9 +402,7 @@ class Runtime:
             tokens = self._checked_tokens("prompt", prompt)
         else:
             raise OptionError(f"prompt: found {shown(prompt)}, expected a string or a list of token ids")
-        bos_key = "tokenizer.ggml.bos_token_id"
-        if not tokens and bos_key in self._metadata:
-            tokens = self._file_tokens(bos_key, self._metadata[bos_key])
+        tokens = tokens or self._file_tokens("tokenizer.ggml.bos_token_id")
         if not tokens:
             raise OptionError(
                 "prompt: found no tokens, expected some: the model has no BOS token to start from"
@@ -425,15 +429,15 @@ class Runtime:
 
         tokenizer, special_tokens = self._need_tokenizer(), {}
         for name, key in SPECIAL_TOKENS.items():
-            token_id = self._metadata.get(f"tokenizer.ggml.{key}_token_id")
+            token_id = self.metadata.get(f"tokenizer.ggml.{key}_token_id")
             token = tokenizer.token(token_id) if isinstance(token_id, int) else None
             if token is not None:
                 special_tokens[f"{name}_token"] = token
-        return ChatTemplate(self._metadata.get("tokenizer.chat_template"), special_tokens, self._path)
+        return ChatTemplate(self.metadata.get("tokenizer.chat_template"), special_tokens, self._path)
 
-    def _file_tokens(self, key: str, tokens: object) -> list[int]:
-        """Token ids that the file has under a key."""
-        checked: list[int] = []
+    def _file_tokens(self, key: str) -> list[int]:
+        """Token ids that the file has under a key: one, several or none."""
+        tokens, checked = self.metadata.get(key, []), list[int]()
         for token in tokens if isinstance(tokens, list) else [tokens]:
             if not isinstance(token, int) or not 0 <= token < self._n_vocab:
                 expected = f"expected token ids below {self._n_vocab}"

@@ -23,6 +23,20 @@ class Shape:
     arch: str = "llama"  # qwen2: q, k and v have biases
     sliding_window: int | None = None
 
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of a block's linear layers, by GGUF name."""
+        q_dim, kv_dim = self.n_head * self.head_dim, self.n_head_kv * self.head_dim
+        return {
+            "attn_q": (q_dim, self.n_embd),
+            "attn_k": (kv_dim, self.n_embd),
+            "attn_v": (kv_dim, self.n_embd),
+            "attn_output": (self.n_embd, q_dim),
+            "ffn_gate": (self.n_ff, self.n_embd),
+            "ffn_up": (self.n_ff, self.n_embd),
+            "ffn_down": (self.n_embd, self.n_ff),
+        }
+
 
 SHAPES = {
     "llama-2-7b": Shape(32, 4096, 11008, 32, 32, 32000, 4096, 1e4),

@@ -82,8 +82,7 @@ class ModelFacts:
 
     @classmethod
     def of_model(cls, model: _native.Model, name: str, kv_type: str) -> ModelFacts:
-        metadata = model.metadata
-        arch = metadata["general.architecture"]
+        value, arch = model.metadata_value, model.metadata_value("general.architecture")
         return cls.of_tensors(
             {tensor: n_bytes for tensor, (_, n_bytes) in model.tensors.items()},
             name=name,
@@ -93,8 +92,8 @@ class ModelFacts:
             model_bytes=model.file_bytes,
             kv_bytes=kv_bytes(
                 model.n_layer,
-                metadata[f"{arch}.attention.head_count_kv"],
-                metadata[f"{arch}.attention.key_length"],
+                value(f"{arch}.attention.head_count_kv"),
+                value(f"{arch}.attention.key_length"),
                 kv_type,
             ),
         )

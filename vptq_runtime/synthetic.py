@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
-from vptq_converter.architectures import Hyperparameters
+from vptq_converter.architectures import Hyperparameters, Key
 from vptq_converter.convert import vptq_keys
 from vptq_converter.dense import OPTION_TYPES, Q8_0_BLOCK
 from vptq_converter.gguf_writer import OutputTensor, write_in_place
@@ -67,7 +67,7 @@ class Quant:
         return index_bits(self.k) + (index_bits(self.r) if self.r else 0)
 
 
-class _Random:
+class Random:
     """Makes tensors of random numbers about as fast as memory is filled: bits as they come, never zeros."""
 
     def __init__(self) -> None:
@@ -133,17 +133,7 @@ class SyntheticModel:
 
     def tensors(self, n_layer: int) -> list[OutputTensor]:
         """The tensors of a model of n_layer layers; nothing is made before it is written."""
-        s, random = self.shape, _Random()
-        q_dim, kv_dim = s.n_head * s.head_dim, s.n_head_kv * s.head_dim
-        linears = {
-            "attn_q": (q_dim, s.n_embd),
-            "attn_k": (kv_dim, s.n_embd),
-            "attn_v": (kv_dim, s.n_embd),
-            "attn_output": (s.n_embd, q_dim),
-            "ffn_gate": (s.n_ff, s.n_embd),
-            "ffn_up": (s.n_ff, s.n_embd),
-            "ffn_down": (s.n_embd, s.n_ff),
-        }
+        s, random = self.shape, Random()
         matrices = {"f16": random.f16, "q8_0": random.q8_0}
         tensors = [matrices[self.embedding_type]("token_embd.weight", (s.n_vocab, s.n_embd), -6)]
         for layer in range(n_layer):
@@ -151,27 +141,13 @@ class SyntheticModel:
             tensors += [
                 _constant(f"{name}.{norm}.weight", F32, s.n_embd, 1) for norm in ("attn_norm", "ffn_norm")
             ]
-            for linear, (out_features, in_features) in linears.items():
-                tensors += self._linear(random, f"{name}.{linear}", out_features, in_features)
+            for linear, (out_features, in_features) in s.linears.items():
+                tensors += vptq_linear(self.quant, random, f"{name}.{linear}", out_features, in_features)
                 if s.arch == "qwen2" and linear in ("attn_q", "attn_k", "attn_v"):
                     tensors.append(_constant(f"{name}.{linear}.bias", F32, out_features, 0))
         tensors.append(_constant("output_norm.weight", F32, s.n_embd, 1))
         tensors.append(matrices[self.output_type]("output.weight", (s.n_vocab, s.n_embd), -6))
         return tensors
-
-    def _linear(
-        self, random: _Random, name: str, out_features: int, in_features: int
-    ) -> Iterator[OutputTensor]:
-        v, k, r = self.quant.v, self.quant.k, self.quant.r
-        words = packed_words(in_features, self.quant.bits)
-        yield random.indices(f"{name}.vptq_indices", (1, -(-out_features // v), words))
-        yield random.f16(f"{name}.vptq_centroids", (1, k, v), -1)
-        if r:
-            yield random.f16(f"{name}.vptq_res_centroids", (1, r, v), -3)
-        yield random.permutation(f"{name}.vptq_perm", in_features)
-        # Sums of in_features products then stay as large as what goes in, and the logits finite.
-        yield _constant(f"{name}.vptq_scale", F16, in_features, in_features**-0.5)
-        yield _constant(f"{name}.vptq_shift", F16, in_features, 0)
 
     def facts(self, n_layer: int, kv_type: str) -> ModelFacts:
         """What a model of n_layer layers takes, without making it."""
@@ -187,34 +163,55 @@ class SyntheticModel:
             kv_bytes=kv_bytes(n_layer, s.n_head_kv, s.head_dim, kv_type),
         )
 
+    def keys(self, n_layer: int) -> list[Key]:
+        """The keys of its file: all but a tokenizer's."""
+        name = ("general.name", self.name, GGUFValueType.STRING, None)
+        return [name, *hyperparameters(self.shape, n_layer).keys(self.shape.arch), *vptq_keys([])]
+
     @contextmanager
     def file(self, n_layer: int) -> Iterator[str]:
         """Makes the model and lends the path of its file: one in memory, or a temporary one without memfd."""
-        s = self.shape
-        hyperparameters = Hyperparameters(
-            n_layer=n_layer,
-            n_ctx_train=s.n_ctx_train,
-            n_embd=s.n_embd,
-            n_ff=s.n_ff,
-            n_vocab=s.n_vocab,
-            n_head=s.n_head,
-            n_head_kv=s.n_head_kv,
-            head_dim=s.head_dim,
-            norm_rms_eps=1e-5,
-            rope_theta=s.rope_theta,
-            rope_linear_factor=None,
-            rope_freqs=None,  # llama3 scaling costs no time
-            sliding_window=s.sliding_window,
-            sliding_window_pattern=None,
-        )
-        name = ("general.name", self.name, GGUFValueType.STRING, None)
-        keys = [name, *hyperparameters.keys(s.arch), *vptq_keys([])]
         with _empty_file() as path:
             try:
-                write_in_place(Path(path), s.arch, keys, self.tensors(n_layer))
+                write_in_place(Path(path), self.shape.arch, self.keys(n_layer), self.tensors(n_layer))
             except OSError as error:
                 raise OutOfMemoryError(f"{self.name}: {path} cannot be written: {error.strerror}") from error
             yield path
+
+
+def vptq_linear(
+    quant: Quant, random: Random, name: str, out_features: int, in_features: int
+) -> Iterator[OutputTensor]:
+    """The tensors of one linear layer."""
+    v, k, r = quant.v, quant.k, quant.r
+    words = packed_words(in_features, quant.bits)
+    yield random.indices(f"{name}.vptq_indices", (1, -(-out_features // v), words))
+    yield random.f16(f"{name}.vptq_centroids", (1, k, v), -1)
+    if r:
+        yield random.f16(f"{name}.vptq_res_centroids", (1, r, v), -3)
+    yield random.permutation(f"{name}.vptq_perm", in_features)
+    # Sums of in_features products then stay as large as what goes in, and the logits finite.
+    yield _constant(f"{name}.vptq_scale", F16, in_features, in_features**-0.5)
+    yield _constant(f"{name}.vptq_shift", F16, in_features, 0)
+
+
+def hyperparameters(shape: Shape, n_layer: int) -> Hyperparameters:
+    return Hyperparameters(
+        n_layer=n_layer,
+        n_ctx_train=shape.n_ctx_train,
+        n_embd=shape.n_embd,
+        n_ff=shape.n_ff,
+        n_vocab=shape.n_vocab,
+        n_head=shape.n_head,
+        n_head_kv=shape.n_head_kv,
+        head_dim=shape.head_dim,
+        norm_rms_eps=1e-5,
+        rope_theta=shape.rope_theta,
+        rope_linear_factor=None,
+        rope_freqs=None,  # llama3 scaling costs no time
+        sliding_window=shape.sliding_window,
+        sliding_window_pattern=None,
+    )
 
 
 def _constant(name: str, type: GGMLQuantizationType, n: int, value: float) -> OutputTensor:

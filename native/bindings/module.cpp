@@ -71,11 +71,21 @@ nb::object to_python(const vptq::GgufValue& value) {
       static_cast<const vptq::GgufValue::variant&>(value));
 }
 
-nb::dict metadata(const Model& model) {
-  nb::dict out;
-  for (const auto& [key, value] : model.file().metadata())
-    out[nb::steal(PyUnicode_DecodeUTF8(key.data(), Py_ssize_t(key.size()), "replace"))] = to_python(value);
-  return out;
+nb::list metadata_keys(const Model& model) {
+  nb::list keys;
+  for (const auto& [key, value] : model.file().metadata()) {
+    const auto text = nb::steal(PyUnicode_DecodeUTF8(key.data(), Py_ssize_t(key.size()), nullptr));
+    if (text.is_valid())
+      keys.append(text);
+    else
+      PyErr_Clear();  // nobody could ask for its value
+  }
+  return keys;
+}
+
+nb::object metadata_value(const Model& model, const std::string& key) {
+  const vptq::GgufValue* value = model.file().find_key(key);
+  return value == nullptr ? nb::none() : to_python(*value);
 }
 
 nb::dict tensors(const Model& model) {
@@ -140,7 +150,8 @@ NB_MODULE(_native, m) {
             new (self) Model(path.string());
           },
           nb::arg("path"))
-      .def_prop_ro("metadata", metadata)
+      .def("metadata_keys", metadata_keys)
+      .def("metadata_value", metadata_value, nb::arg("key"))
       .def_prop_ro("file_bytes", [](const Model& model) { return model.file().bytes(); })
       .def_prop_ro("n_vocab", [](const Model& model) { return model.hyperparameters().n_vocab; })
       .def_prop_ro("n_ctx_train", [](const Model& model) { return model.hyperparameters().n_ctx_train; })
@@ -187,5 +198,6 @@ NB_MODULE(_native, m) {
   m.def("cpu_isas", vptq::cpu::available_isas);
   m.def("physical_cores", vptq::cpu::physical_cores);
   m.def("available_memory", vptq::cpu::available_memory);
+  m.def("return_freed_memory", vptq::cpu::return_freed_memory);
   vptq::bindings::bind_operations(m);
 }

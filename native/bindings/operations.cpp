@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <array>
+#include <chrono>
 #include <memory>
 
 #include "cpu/cpu_backend.h"
@@ -67,6 +68,21 @@ class Operations {
     Array2 y = new_array(x.shape(0), out_features);
     backend_.apply({{*ready, y.data()}}, x.data(), int(x.shape(0)));
     return y;
+  }
+
+  // Seconds of each repetition, the layer being read once.
+  std::vector<double> time_linear(const RawTensors& tensors, int out_features, const In& x, int repetitions) {
+    expect(x.ndim() == 2 && x.shape(0) >= 1, "x: expected shape (n, in_features)");
+    const Layer layer(tensors, int(x.shape(1)), out_features);
+    const auto ready = backend_.linear(layer.weights());
+    const Array2 y = new_array(x.shape(0), out_features);
+    std::vector<double> seconds;
+    for (int i = 0; i < repetitions; ++i) {
+      const auto begin = std::chrono::steady_clock::now();
+      backend_.apply({{*ready, y.data()}}, x.data(), int(x.shape(0)));
+      seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+    }
+    return seconds;
   }
 
   // Three layers on the same x.
@@ -169,6 +185,8 @@ void bind_operations(nb::module_& m) {
   nb::class_<Operations>(m, "Operations")
       .def(nb::init<const std::string&, int>(), nb::arg("isa"), nb::arg("n_threads"))
       .def("linear", &Operations::linear, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"))
+      .def("time_linear", &Operations::time_linear, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"),
+           nb::arg("repetitions"))
       .def("linears", &Operations::linears, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"))
       .def("embed", &Operations::embed, nb::arg("table"), nb::arg("tokens"))
       .def("rms_norm", &Operations::rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"))

@@ -187,6 +187,13 @@ def test_layers_that_share_a_loop(operations: _native.Operations, n_tokens: int)
             assert np.array_equal(y, operations.linear(layers[i], outs[i], x))
 
 
+def test_each_repetition_is_timed(operations: _native.Operations) -> None:
+    tensors, n_in = vptq_layer(np.random.default_rng(0), **VPTQ_LAYERS["v5-k7-3"])
+    x = np.ones((1, n_in), np.float32)
+    seconds = operations.time_linear(tensors, VPTQ_LAYERS["v5-k7-3"]["out"], x, 3)
+    assert len(seconds) == 3 and min(seconds) > 0
+
+
 @pytest.mark.parametrize("name", ["v8-k65536-256", "v12-k4096-4096-outliers", "v5-k7-3"])
 def test_a_token_gives_the_same_alone_and_in_a_batch(operations: _native.Operations, name: str) -> None:
     rng = np.random.default_rng(0)

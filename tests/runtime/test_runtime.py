@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from configurations import BOS, EOS_IDS, VOCAB_SIZE
+from converted import keys
 
 from vptq_runtime import (
     FileError,
@@ -33,6 +34,11 @@ def test_properties(runtime: Runtime, model: Path) -> None:
     assert runtime.metadata["general.architecture"] == "llama"
     with pytest.raises(TypeError):
         runtime.metadata["general.architecture"] = "gpt"  # type: ignore[index]
+    in_file = {name: value for name, value in keys(model).items() if not name.startswith("GGUF.")}
+    assert dict(runtime.metadata) == in_file and len(runtime.metadata) == len(in_file)
+    assert "general.nothing" not in runtime.metadata
+    with pytest.raises(KeyError):
+        runtime.metadata["general.nothing"]
     with Runtime(os.fspath(model), n_ctx=100, n_threads=1, kv_type="f32") as other:
         assert (other.n_ctx, other.n_ctx_train) == (100, 1024)
     with Runtime(model, n_ctx=0) as other:
@@ -341,6 +347,7 @@ def test_closed(model: Path) -> None:
         lambda: runtime.chat([{"role": "user", "content": "a"}]),
         lambda: runtime.logits([BOS]),
         lambda: list(stream),
+        lambda: runtime.metadata,
     ):
         with pytest.raises(OptionError, match="Runtime is closed"):
             call()

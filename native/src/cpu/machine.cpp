@@ -13,6 +13,9 @@
 #include <sched.h>
 #endif
 #include <unistd.h>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 namespace vptq::cpu {
 namespace {
@@ -67,6 +70,12 @@ size_t available_memory() {
   available = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGE_SIZE));
 #endif
   return available;
+}
+
+void return_freed_memory() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
 }
 
 }  // namespace vptq::cpu
