@@ -33,6 +33,7 @@ measured as what numpy reads with as many threads.
   vptq-bench -m model.gguf -p 512 -n 128 -t 1,2
   vptq-bench --synthetic llama-3.1-8b --quant v8-k65536-256 --output-type q8_0
   vptq-bench --synthetic llama-3.1-405b --quant v16-k65536-65536 --layers 2
+  vptq-bench --fits --embedding-type q8_0 --output-type q8_0
 
 Exit status: 0 done, 1 an error, 2 wrong usage, 130 stopped by Ctrl-C.
 """
@@ -52,6 +53,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="SHAPE",
         help=f"no file, but random weights in memory, of the shape of {', '.join(SHAPES)}",
     )
+    model.add_argument(
+        "--fits", action="store_true", help="measure nothing, but say which of these models fits which device"
+    )
     p.add_argument(
         "-p", "--n-prompt", metavar="N", type=int, default=512, help="0: no such test (default: 512)"
     )
@@ -62,7 +66,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-r", "--repetitions", metavar="N", type=int, default=3, help="default: %(default)s")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     p.add_argument("--kv-type", default="f16", help="KV cache in f16 or f32 (default: %(default)s)")
-    synthetic = p.add_argument_group("synthetic models")
+    synthetic = p.add_argument_group(
+        "synthetic models",
+        "All but --layers are for --fits, too, which has a configuration for each of 1.5, 2, 3 and 4 bits "
+        "unless --quant names one.",
+    )
     synthetic.add_argument(
         "--quant", metavar="V-K-R", help=f"as in checkpoints' names (default: {DEFAULT_QUANT})"
     )
@@ -89,9 +97,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     arguments = p.parse_args(argv)
     for option in ("quant", "layers", "embedding_type", "output_type"):
-        if arguments.model is not None and getattr(arguments, option) is not None:
+        beside = arguments.synthetic is not None or (arguments.fits and option != "layers")
+        if not beside and getattr(arguments, option) is not None:
             p.error(f"--{option.replace('_', '-')}: expected --synthetic beside it")
-    return command.run("vptq-bench", lambda: _run(arguments))
+    return command.run("vptq-bench", lambda: _fits(arguments) if arguments.fits else _run(arguments))
+
+
+def _fits(arguments: argparse.Namespace) -> None:
+    from vptq_runtime.fits import QUANTS, print_fits
+    from vptq_runtime.generation import check_choice
+    from vptq_runtime.runtime import KV_TYPES
+
+    check_choice("--kv-type", arguments.kv_type, KV_TYPES)
+    print_fits(
+        QUANTS if arguments.quant is None else [arguments.quant],
+        _dense_type(arguments.embedding_type),
+        _dense_type(arguments.output_type),
+        arguments.kv_type,
+        json_=arguments.json,
+        markdown=arguments.md,
+    )
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -187,7 +212,7 @@ def _result(
 
 def _tests(arguments: argparse.Namespace) -> list[SpeedTest]:
     from vptq_runtime import _native
-    from vptq_runtime.generation import check_int, shown
+    from vptq_runtime.generation import check_choice, check_int
     from vptq_runtime.runtime import DEVICES, KV_TYPES, MAX_INT
     from vptq_runtime.speed import SpeedTest
 
@@ -197,12 +222,8 @@ def _tests(arguments: argparse.Namespace) -> list[SpeedTest]:
     check_int("--repetitions", arguments.repetitions, 1, 1000)
     for n in threads:
         check_int("--threads", n, 1, 1024)
-    for option, found, known in (
-        ("--device", arguments.device, DEVICES),
-        ("--kv-type", arguments.kv_type, KV_TYPES),
-    ):
-        if found not in known:
-            raise OptionError(f"{option}: found {shown(found)}, expected one of {', '.join(known)}")
+    check_choice("--device", arguments.device, DEVICES)
+    check_choice("--kv-type", arguments.kv_type, KV_TYPES)
     kinds = [(kind, n) for kind, n in (("pp", arguments.n_prompt), ("tg", arguments.n_gen)) if n]
     if not kinds:
         raise OptionError("--n-prompt, --n-gen: found 0 for both, expected one test at least")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -24,24 +25,28 @@ HEADINGS = {  # and how they are justified
 
 def print_report(report: dict[str, Any], *, markdown: bool) -> None:
     """Prints the system, the table of results, then load time and memory."""
-    rows = _rows(report)
-    headings = list(HEADINGS)
+    headings = HEADINGS
     if report["model"]["layers_measured"] is not None:
-        headings[headings.index("tok/s")] = "tok/s (extrapolated)"
+        headings = {name.replace("tok/s", "tok/s (extrapolated)"): side for name, side in HEADINGS.items()}
     print(*_system(report["system"]), "", sep="\n")
+    print_table(headings, _rows(report), markdown=markdown)
+    print("", *_notes(report), sep="\n")
+
+
+def print_table(headings: Mapping[str, str], rows: Sequence[Sequence[str]], *, markdown: bool) -> None:
+    """Prints rows of cells under headings, which say how their columns are justified."""
     if markdown:
-        rules = ["--:" if justify == "right" else "---" for justify in HEADINGS.values()]
+        rules = ["--:" if justify == "right" else "---" for justify in headings.values()]
         for cells in (headings, rules, *rows):
             print("|", " | ".join(cell.replace("|", "\\|") for cell in cells), "|")
-    else:
-        table = Table()
-        for heading, justify in zip(headings, HEADINGS.values(), strict=True):
-            # On a narrow terminal cells take more lines, rather than lose figures.
-            table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
-        for cells in rows:
-            table.add_row(*map(Text, cells))
-        Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table)
-    print("", *_notes(report), sep="\n")
+        return
+    table = Table()
+    for heading, justify in headings.items():
+        # On a narrow terminal cells take more lines, rather than lose figures.
+        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for cells in rows:
+        table.add_row(*map(Text, cells))
+    Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table)
 
 
 def _system(system: dict[str, Any]) -> list[str]:

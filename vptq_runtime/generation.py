@@ -177,6 +177,12 @@ def check_int(option: str, found: object, least: int, most: int | None = None) -
         raise OptionError(f"{option}: found {shown(found)}, expected a whole number, at least {least}{upper}")
 
 
+def check_choice(option: str, found: object, known: Sequence[str]) -> None:
+    """Raises OptionError, which lists the known values, unless `found` is one of them."""
+    if found not in known:
+        raise OptionError(f"{option}: found {shown(found)}, expected one of {', '.join(known)}")
+
+
 def _check_number(option: str, found: object, least: float, most: float = sys.float_info.max) -> None:
     number = isinstance(found, int | float) and not isinstance(found, bool)
     # NaN fails every comparison; infinity, and a whole number that no float can hold, the last one.

@@ -17,6 +17,7 @@ from vptq_runtime.generation import (
     GenerationStream,
     Options,
     Timings,
+    check_choice,
     check_int,
     shown,
 )
@@ -77,10 +78,8 @@ class Runtime:
             check_int("n_ctx", n_ctx, 0, MAX_INT)
         if n_threads is not None:
             check_int("n_threads", n_threads, 1, 1024)
-        if kv_type not in KV_TYPES:
-            raise OptionError(f"kv_type: found {shown(kv_type)}, expected one of {', '.join(KV_TYPES)}")
-        if device not in DEVICES:
-            raise OptionError(f"device: found {shown(device)}, expected one of {', '.join(DEVICES)}")
+        check_choice("kv_type", kv_type, KV_TYPES)
+        check_choice("device", device, DEVICES)
         self._path = _checked_path(path)
         model = _native.Model(self._path)
         self._metadata: Metadata | None = Metadata(model)
