@@ -56,7 +56,7 @@ class Context:
 
     def __init__(self, model: Model, *, device: str, n_ctx: int, n_threads: int, kv_type: str) -> None:
         """device: auto | cpu | cuda; n_ctx: most tokens of one sequence; n_threads: 0 for the physical cores;
-        kv_type: f16 | f32."""
+        kv_type: f16 | f32 | q8_0."""
     @property
     def device(self) -> str:
         """What it runs on, for people: `cpu (avx512, 2 threads)`."""

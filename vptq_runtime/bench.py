@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("-r", "--repetitions", metavar="N", type=int, default=3, help="default: %(default)s")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    p.add_argument("--kv-type", default="f16", help="KV cache in f16 or f32 (default: %(default)s)")
+    p.add_argument("--kv-type", default="f16", help="KV cache in f16, f32 or q8_0 (default: %(default)s)")
     synthetic = p.add_argument_group(
         "synthetic models",
         "All but --layers are for --fits, too, which has a configuration for each of 1.5, 2, 3 and 4 bits "

@@ -107,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
         help="threads (default: one for each physical core)",
     )
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    p.add_argument("--kv-type", default="f16", help="KV cache in f16 or f32 (default: %(default)s)")
+    p.add_argument("--kv-type", default="f16", help="KV cache in f16, f32 or q8_0 (default: %(default)s)")
     sampling = p.add_argument_group("sampling")
     sampling.add_argument(
         "--temp", metavar="T", type=float, default=0.8, help="0 is greedy (default: %(default)s)"

@@ -44,7 +44,7 @@ LONG_TOKEN = 64  # characters; some more than tokens have, for what normalizers 
 MAX_INT = 2**31 - 1
 SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # templates' names, GGUF's
 DEVICES = ("auto", "cpu", "cuda")
-KV_TYPES = ("f16", "f32")
+KV_TYPES = ("f16", "f32", "q8_0")
 
 
 class Runtime:
@@ -55,7 +55,7 @@ class Runtime:
     n_ctx: most tokens of one sequence, prompt and continuation; 0 for what the model was trained on,
         which is the default up to 4096. The cache's memory is taken per sequence, when it is needed.
     n_threads: by default one for each physical core.
-    kv_type: element type of the KV cache, "f16" or "f32".
+    kv_type: element type of the KV cache, "f16", "f32", or "q8_0" (half of f16's bytes).
 
     The KV cache of the last single prompt is kept: of a next one that begins like it, only the rest is fed.
 

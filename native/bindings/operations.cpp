@@ -141,7 +141,11 @@ class Operations {
            "expected q (n, n_head * head_dim), k and v (n_tokens, n_head_kv * head_dim), n <= n_tokens");
     const int n = int(q.shape(0)), n_tokens = int(k.shape(0)), head_dim = int(q.shape(1)) / n_head;
     // The second of two layers, so that a wrong layer's offset shows.
-    const KvLayout layout{2, n_head_kv, head_dim, kv_type == "f32" ? DType::f32 : DType::f16};
+    const KvLayout layout{2, n_head_kv, head_dim,
+                          kv_type == "q8_0"  ? DType::q8_0
+                          : kv_type == "f32" ? DType::f32
+                                             : DType::f16};
+    expect(layout.type != DType::q8_0 || head_dim % kQ8Block == 0, "q8_0: expected head_dim a multiple of 32");
     KvCache cache(backend_, layout, n_tokens);
     const int id = cache.new_sequence(n_tokens);
     Batch batch = batch_of(cache.blocks(id), 0, n_tokens);

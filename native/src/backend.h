@@ -15,14 +15,18 @@
 
 namespace vptq {
 
-// Keys and values of kBlockTokens tokens, all layers: (n_layer, 2, n_head_kv, kBlockTokens, head_dim), keys first.
+// Keys and values of kBlockTokens tokens, all layers: (n_layer, 2, n_head_kv), keys first, of (kBlockTokens, head_dim)
+// elements in the order that suits the backend. Q8_0: an f16 scale for each kQ8Block elements of a token.
 struct KvLayout {
   static constexpr int kBlockTokens = 32;
 
   int n_layer, n_head_kv, head_dim;
-  DType type;  // F16 or F32
+  DType type;  // F16, F32, or, where kQ8Block divides head_dim, Q8_0
 
-  size_t head_bytes() const { return size_t(kBlockTokens) * head_dim * (type == DType::f32 ? 4 : 2); }
+  size_t head_bytes() const {
+    const size_t elements = size_t(kBlockTokens) * head_dim;
+    return type == DType::q8_0 ? elements / kQ8Block * kQ8BlockBytes : elements * (type == DType::f32 ? 4 : 2);
+  }
   size_t layer_bytes() const { return 2 * n_head_kv * head_bytes(); }
   size_t block_bytes() const { return n_layer * layer_bytes(); }
 };

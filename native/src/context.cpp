@@ -5,6 +5,18 @@
 #include "vptq/error.h"
 
 namespace vptq {
+namespace {
+
+DType kv_type_of(const std::string& name, int head_dim) {
+  if (name == "q8_0" && head_dim % kQ8Block != 0)
+    throw OptionError("kv_type: found q8_0, expected f16 or f32: q8_0 takes " + std::to_string(kQ8Block) +
+                      " elements together, which do not divide this model's head_dim of " + std::to_string(head_dim));
+  for (const auto& [known, type] : {std::pair{"f16", DType::f16}, {"f32", DType::f32}, {"q8_0", DType::q8_0}})
+    if (name == known) return type;
+  throw OptionError("kv_type: found '" + name + "', expected f16, f32 or q8_0");
+}
+
+}  // namespace
 
 struct Context::State {
   enum class Want { none, last, all };  // whose logits
@@ -32,7 +44,7 @@ struct Context::State {
         throw FileError(
             model->file().path() +
             ": the logits are not finite: some weights are NaN, infinite, or too large for float32, or some keys or "
-            "values for an f16 cache (option kv_type)");
+            "values for an f16 or q8_0 cache (option kv_type)");
     } catch (...) {  // what was not computed is not there
       for (size_t i = 0; i < feeds.size(); ++i)
         if (cache.length(feeds[i].sequence) > lengths[i]) cache.truncate(feeds[i].sequence, lengths[i]);
@@ -94,9 +106,8 @@ struct Context::State {
 
 Context::Context(std::shared_ptr<const Model> model, const ContextOptions& options) {
   if (options.n_ctx < 1) throw OptionError("n_ctx: found " + std::to_string(options.n_ctx) + ", expected at least 1");
-  if (options.kv_type != "f16" && options.kv_type != "f32")
-    throw OptionError("kv_type: found '" + options.kv_type + "', expected f16 or f32");
-  state_ = std::make_unique<State>(std::move(model), options, options.kv_type == "f16" ? DType::f16 : DType::f32);
+  const DType kv_type = kv_type_of(options.kv_type, model->hyperparameters().head_dim);
+  state_ = std::make_unique<State>(std::move(model), options, kv_type);
 }
 
 Context::~Context() = default;
@@ -119,6 +130,9 @@ std::vector<int32_t> Context::step(std::span<const Feed> feeds, std::span<Sample
   if (samplers.size() != feeds.size())
     throw OptionError(std::to_string(samplers.size()) +
                       " samplers, expected one a sequence: " + std::to_string(feeds.size()));
+  for (size_t i = 0; i < feeds.size(); ++i)
+    if (!samplers[i])
+      throw OptionError("sequence " + std::to_string(feeds[i].sequence) + ": no sampler, expected one a sequence");
   if (feeds.empty()) return {};
   const size_t n_vocab = model().hyperparameters().n_vocab;
   state_->step_logits.resize(feeds.size() * n_vocab);

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_gguf import KEYS, N_VOCAB, tensors, write
+from tiny_gguf import KEYS, N_EMBD, N_VOCAB, tensors, write
 
 from vptq_runtime import _native
 from vptq_runtime.errors import OptionError, OutOfMemoryError, UnsupportedError
@@ -28,6 +28,33 @@ def make(model: _native.Model, **options: object) -> _native.Context:
     )
 
 
+# Heads as wide as q8_0 needs, two to a kv head.
+WIDE_HEADS = {
+    "attn_q": (64, N_EMBD),
+    "attn_k": (32, N_EMBD),
+    "attn_v": (32, N_EMBD),
+    "attn_output": (N_EMBD, 64),
+}
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> _native.Model:
+    keys = KEYS | {"llama.attention.head_count": 2, "llama.attention.head_count_kv": 1}
+    for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        keys[f"llama.{name}"] = 32
+    rng = np.random.default_rng(1)
+    arrays = tensors() | {
+        f"blk.0.{name}.weight": rng.normal(size=shape).astype(np.float16)
+        for name, shape in WIDE_HEADS.items()
+    }
+    return _native.Model(str(write(tmp_path_factory.mktemp("context") / "wide.gguf", keys, arrays)))
+
+
+@pytest.fixture(params=["f32", "f16", "q8_0"])
+def any_cache(request: pytest.FixtureRequest, wide_model: _native.Model) -> _native.Context:
+    return make(wide_model, kv_type=request.param, n_ctx=1500)
+
+
 @pytest.fixture
 def context(model: _native.Model) -> Iterator[_native.Context]:
     yield make(model)
@@ -36,14 +63,16 @@ def context(model: _native.Model) -> Iterator[_native.Context]:
 TOKENS = np.random.default_rng(0).integers(N_VOCAB, size=100).tolist()
 
 
-def test_in_pieces_as_in_one(context: _native.Context) -> None:
+def test_in_pieces_as_in_one(any_cache: _native.Context) -> None:
+    context = any_cache
     whole = context.logits(context.new_sequence(100), TOKENS)
     sequence = context.new_sequence(0)
     pieces = [context.logits(sequence, TOKENS[a:b]) for a, b in [(0, 1), (1, 33), (33, 64), (64, 100)]]
     assert np.array_equal(whole, np.concatenate(pieces))
 
 
-def test_sequences_do_not_see_each_other(context: _native.Context) -> None:
+def test_sequences_do_not_see_each_other(any_cache: _native.Context) -> None:
+    context = any_cache
     alone = context.logits(context.new_sequence(50), TOKENS[:50])
     a, b = context.new_sequence(50), context.new_sequence(50)
     for i in range(49):
@@ -59,6 +88,26 @@ def test_step_samples_each_sequence(context: _native.Context) -> None:
     samplers = [_native.Sampler(**GREEDY), _native.Sampler(**GREEDY)]
     assert context.step([a, b], [TOKENS[:9], TOKENS[9:12]], samplers) == expected
     assert (context.length(a), context.length(b)) == (9, 3)
+
+
+def test_long_contexts_alone_and_together(any_cache: _native.Context) -> None:
+    """Longer than what attention takes at a time; one step for all, or pieces of any length."""
+    context = any_cache
+    tokens = np.random.default_rng(1).integers(N_VOCAB, size=1300).tolist()
+    lengths = (1300, 1030, 500)
+    alone = []
+    for length in lengths:
+        sequence = context.new_sequence(length)
+        for i in range(0, length - 1, 128):
+            context.prefill([sequence], [tokens[i : min(i + 128, length - 1)]])
+        alone.append(context.logits(sequence, [tokens[length - 1]])[0])
+    together = [context.new_sequence(length) for length in lengths]
+    for sequence, length in zip(together, lengths, strict=True):
+        for i in range(0, length - 3, 37):
+            context.prefill([sequence], [tokens[i : min(i + 37, length - 3)]])
+    context.prefill(together, [tokens[length - 3 : length - 1] for length in lengths])
+    for sequence, length, expected in zip(together, lengths, alone, strict=True):
+        assert np.array_equal(context.logits(sequence, [tokens[length - 1]])[0], expected)
 
 
 def test_truncate_and_go_on(context: _native.Context) -> None:
@@ -122,6 +171,9 @@ def test_bad_batches(context: _native.Context) -> None:
     assert context.length(sequence) == 0
     with pytest.raises(OptionError, match="0 samplers, expected one a sequence: 1"):
         context.step([sequence], [[1]], [])
+    with pytest.raises(OptionError, match="sequence 0: no sampler, expected one a sequence"):
+        context.step([sequence], [[1]], [None])  # type: ignore[list-item]
+    assert context.length(sequence) == 0
     with pytest.raises(OptionError, match="truncate to 1 tokens, expected 0 to 0"):
         context.truncate(sequence, 1)
 
@@ -129,8 +181,12 @@ def test_bad_batches(context: _native.Context) -> None:
 def test_bad_options(model: _native.Model) -> None:
     with pytest.raises(OptionError, match="n_ctx: found 0, expected at least 1"):
         make(model, n_ctx=0)
-    with pytest.raises(OptionError, match="kv_type: found 'f8', expected f16 or f32"):
+    with pytest.raises(OptionError, match="kv_type: found 'f8', expected f16, f32 or q8_0"):
         make(model, kv_type="f8")
+    with pytest.raises(
+        OptionError, match=r"kv_type: found q8_0, expected f16 or f32: .* this model's head_dim of 8"
+    ):
+        make(model, kv_type="q8_0")
     with pytest.raises(OptionError, match="n_threads: found -1, expected 1 to"):
         make(model, n_threads=-1)
     with pytest.raises(OptionError, match="device: found 'tpu', expected auto, cpu or cuda"):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from reference import mean_kl
 from vptq_converter.facts import read_facts
 
 import vptq_runtime
@@ -47,6 +48,15 @@ def test_it_knows_python() -> None:
         shuffled = np.random.default_rng(0).permutation(tokens).tolist()
         assert loss < 2  # np.log(4096) = 8.3 is knowing nothing
         assert mean_loss(runtime, shuffled) > loss + 2
+
+
+@pytest.mark.parametrize(("kv_type", "most"), [("f16", 1e-5), ("q8_0", 1e-3)])
+def test_what_a_smaller_cache_changes(kv_type: str, most: float) -> None:
+    logits = []
+    for each in ("f32", kv_type):
+        with Runtime(demo_path(), device="cpu", kv_type=each) as runtime:
+            logits.append(runtime.logits(runtime.tokenize(TEXT)))
+    assert 0 < mean_kl(*logits) < most
 
 
 def test_it_writes_a_function() -> None:

@@ -15,7 +15,7 @@ struct ContextOptions {
   std::string device = "auto";  // auto, cpu or cuda
   int n_ctx = 4096;             // most tokens of one sequence
   int n_threads = 0;            // 0: the physical cores
-  std::string kv_type = "f16";  // f16 or f32
+  std::string kv_type = "f16";  // f16, f32, or q8_0: blocks of 32 int8 and an f16 scale
 };
 
 // Tokens to append to a sequence.

@@ -21,22 +21,12 @@ int checked_threads(int n) {
   return n ? n : physical_cores();
 }
 
-// Multiply-adds that are worth a chunk of their own, some microseconds: a loop with less is faster on one thread.
-constexpr int64_t kChunkWork = 1 << 15;
-constexpr int64_t kChunksPerThread = 4;  // so that a thread that was held up leaves its share to the others
-
-// How many of n items make a chunk; `work` is the multiply-adds of one item.
-int64_t chunk_of(int64_t n, int64_t work, int n_threads) {
-  const int64_t fair = (n + n_threads * kChunksPerThread - 1) / (n_threads * kChunksPerThread);
-  return std::max(fair, (kChunkWork + work - 1) / work);
-}
-
 }  // namespace
 
 void CpuBackend::Free::operator()(std::byte* p) const { std::free(p); }
 
 CpuBackend::CpuBackend(int n_threads, const std::string& isa)
-    : kernels_(kernels_for(isa)), threads_(checked_threads(n_threads)) {}
+    : kernels_(kernels_for(isa)), threads_(checked_threads(n_threads)), attention_(kernels_, threads_) {}
 
 std::string CpuBackend::description() const {
   const int n = threads_.size();
@@ -82,7 +72,7 @@ void CpuBackend::embed(const Batch& batch, const Tensor& table, float* x) {
 }
 
 void CpuBackend::rms_norm(const float* x, int n, int d, const float* weight, float eps, float* out) {
-  threads_.parallel_for(n, chunk_of(n, d, threads_.size()), [&](int64_t begin, int64_t end) {
+  threads_.parallel_for(n, d, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) kernels_.rms_norm(x + t * d, weight, eps, d, out + t * d);
   });
 }
@@ -100,8 +90,8 @@ void CpuBackend::apply(std::initializer_list<Projection> projections, const floa
   if (prepared_.size() < prepared_size) prepared_.resize(prepared_size);
   prepare(x, n, prepared_size);
 
-  const int64_t chunk = chunk_of(n_rows, int64_t{n} * shares_[0].layer->in_features, threads_.size());
-  threads_.parallel_for(n_rows, chunk, [&](int64_t begin, int64_t end) {
+  const int64_t work = int64_t{n} * shares_[0].layer->in_features;
+  threads_.parallel_for(n_rows, work, [&](int64_t begin, int64_t end) {
     for (const Share& s : shares_) {
       const int first = s.row(begin), last = s.row(end);
       if (first < last) s.layer->rows(x, prepared_.data() + s.prepared, n, first, last, s.y);
@@ -113,7 +103,7 @@ void CpuBackend::prepare(const float* x, int n, size_t size) {
   if (size == 0) return;
   const auto items = int64_t(shares_.size()) * n;
   const int64_t work = (int64_t(size) + items - 1) / items;
-  threads_.parallel_for(items, chunk_of(items, work, threads_.size()), [&](int64_t begin, int64_t end) {
+  threads_.parallel_for(items, work, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Share& s = shares_[i / n];
       s.layer->prepare(x, n, int(i % n), prepared_.data() + s.prepared);
@@ -130,8 +120,8 @@ int CpuBackend::Share::row(int64_t i) const {
 void CpuBackend::rope(const Batch& batch, int n_head, int head_dim, const float* inv_freq, float* x) {
   const int half = head_dim / 2;
   constexpr int64_t kSineWork = 16;  // multiply-adds that a sine and a cosine cost
-  const int64_t chunk = chunk_of(batch.n(), half * (kSineWork + 4 * n_head), threads_.size());
-  threads_.parallel_for(batch.n(), chunk, [&](int64_t begin, int64_t end) {
+  const int64_t work = half * (kSineWork + 4 * n_head);
+  threads_.parallel_for(batch.n(), work, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       for (int i = 0; i < half; ++i) {
         const float angle = float(batch.positions[t]) * inv_freq[i];
@@ -148,49 +138,21 @@ void CpuBackend::rope(const Batch& batch, int n_head, int head_dim, const float*
 
 void CpuBackend::store_kv(const Batch& batch, const KvLayout& layout, int layer, const float* k, const float* v) {
   const int head_dim = layout.head_dim;
-  const size_t slot_bytes = layout.head_bytes() / KvLayout::kBlockTokens;
-  const auto put = [&](const float* from, std::byte* to) {
-    if (layout.type == DType::f32)
-      std::memcpy(to, from, slot_bytes);
-    else
-      kernels_.to_half(from, head_dim, reinterpret_cast<uint16_t*>(to));
-  };
   for (int t = 0; t < batch.n(); ++t) {
     const int position = batch.positions[t];
     const int block = batch.first_block[batch.sequences[t]] + position / KvLayout::kBlockTokens;
     std::byte* keys = batch.blocks[block] + layer * layout.layer_bytes();
-    for (int head = 0; head < layout.n_head_kv; ++head) {
+    for (int head = 0; head < layout.n_head_kv; ++head, keys += layout.head_bytes()) {
       const size_t from = (size_t(t) * layout.n_head_kv + head) * head_dim;
-      std::byte* slot = keys + head * layout.head_bytes() + position % KvLayout::kBlockTokens * slot_bytes;
-      put(k + from, slot);
-      put(v + from, slot + layout.layer_bytes() / 2);
+      kernels_.store_kv(k + from, v + from, layout.type, head_dim, position % KvLayout::kBlockTokens, keys,
+                        keys + layout.layer_bytes() / 2);
     }
   }
 }
 
-void CpuBackend::attention(const Batch& batch, const KvLayout& layout, int layer, int n_head, int window,
-                           const float* q, float* out) {
-  const int per_kv = n_head / layout.n_head_kv;
-  const int64_t items = int64_t{batch.n()} * n_head;
-  const int64_t longest = *std::max_element(batch.positions.begin(), batch.positions.end()) + 1;
-  const int64_t work = 2 * layout.head_dim * (window > 0 ? std::min<int64_t>(window, longest) : longest);
-  threads_.parallel_for(items, chunk_of(items, work, threads_.size()), [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t t = item / n_head;
-      const int head = static_cast<int>(item % n_head);
-      const int last = batch.positions[t];
-      const int first = window > 0 ? std::max(0, last - window + 1) : 0;
-      const size_t key_offset = layer * layout.layer_bytes() + size_t(head / per_kv) * layout.head_bytes();
-      kernels_.attention(q + item * layout.head_dim, batch.blocks.data() + batch.first_block[batch.sequences[t]],
-                         key_offset, key_offset + layout.layer_bytes() / 2, layout.type, layout.head_dim, first, last,
-                         out + item * layout.head_dim);
-    }
-  });
-}
-
 void CpuBackend::swiglu(float* gate, const float* up, size_t n) {
   constexpr int64_t kExpWork = 8;  // multiply-adds that one element costs
-  threads_.parallel_for(int64_t(n), chunk_of(int64_t(n), kExpWork, threads_.size()),
+  threads_.parallel_for(int64_t(n), kExpWork,
                         [&](int64_t begin, int64_t end) { kernels_.swiglu(gate + begin, up + begin, end - begin); });
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "backend.h"
+#include "cpu/attention.h"
 #include "cpu/kernels.h"
 #include "cpu/linear.h"
 #include "cpu/thread_pool.h"
@@ -32,7 +33,9 @@ class CpuBackend : public Backend {
   void rope(const Batch& batch, int n_head, int head_dim, const float* inv_freq, float* x) override;
   void store_kv(const Batch& batch, const KvLayout& layout, int layer, const float* k, const float* v) override;
   void attention(const Batch& batch, const KvLayout& layout, int layer, int n_head, int window, const float* q,
-                 float* out) override;
+                 float* out) override {
+    attention_.run(batch, layout, layer, n_head, window, q, out);
+  }
   void swiglu(float* gate, const float* up, size_t n) override;
   void add(float* x, const float* y, size_t n) override;
   void select_outputs(const Batch& batch, const float* x, int d, float* out) override;
@@ -55,6 +58,7 @@ class CpuBackend : public Backend {
 
   const Kernels& kernels_;
   ThreadPool threads_;
+  Attention attention_;
   std::vector<std::unique_ptr<std::byte[], Free>> memory_;
   std::vector<float> prepared_;  // what the layers of one apply() have made of x, one behind the other
   std::vector<Share> shares_;    // of one apply()

@@ -9,6 +9,27 @@
 
 namespace vptq::cpu {
 
+// Query heads that share a kv head, of one or more tokens of a sequence: rows that look at the same keys and values.
+struct AttentionRows {
+  static constexpr int kMost = 32;
+
+  DType type;
+  int head_dim;
+  std::byte* const* blocks;         // of the sequence
+  size_t key_offset, value_offset;  // in each block, of the layer and kv head
+  int n;                            // rows
+  const float* q[kMost];            // (head_dim)
+  int first[kMost], last[kMost];    // the positions that each sees
+  float* sums[kMost];               // AttentionSums
+};
+
+// What a row's softmax(q K^T / sqrt(head_dim)) V comes from, over some of its positions: floats at these places.
+struct AttentionSums {
+  static constexpr int kLargest = 0;  // the largest score
+  static constexpr int kTotal = 1;    // of the weights e^(score - largest)
+  static constexpr int kValues = 16;  // weights V (head_dim); room up to a multiple of kBlockTokens
+};
+
 struct Kernels {
   const char* isa;
 
@@ -25,14 +46,13 @@ struct Kernels {
   float (*dot)(const float* x, const float* y, int n);
   float (*sum)(const float* x, int n);
   void (*rms_norm)(const float* x, const float* weight, float eps, int d, float* out);
-  // out = softmax(q K^T / sqrt(head_dim)) V for one query head of one token over the positions [first, last]. In each
-  // of its sequence's blocks the keys and values (kBlockTokens, head_dim) of the layer and kv head are at these
-  // offsets.
-  void (*attention)(const float* q, std::byte* const* blocks, size_t key_offset, size_t value_offset, DType type,
-                    int head_dim, int first, int last, float* out);
+  // Puts a key and a value (head_dim) of one head into place `slot` of a block's keys and values.
+  void (*store_kv)(const float* k, const float* v, DType type, int head_dim, int slot, std::byte* keys,
+                   std::byte* values);
+  // Attention of the rows over the blocks [first_block, end_block) of their sequence; their sums are overwritten.
+  void (*attend)(const AttentionRows& rows, int first_block, int end_block);
   void (*swiglu)(float* gate, const float* up, int64_t n);
   void (*add)(float* x, const float* y, int64_t n);
-  void (*to_half)(const float* x, int n, uint16_t* out);
   // One row of a dense matrix as float.
   void (*row)(const Tensor& table, int64_t row, int n, float* out);
 };

@@ -9,6 +9,7 @@
 #include "cpu/kernels/vq_token.h"
 #include "cpu/kernels/vq.h"
 #include "cpu/kernels/dense.h"
+#include "cpu/kernels/kv_cache.h"
 #include "cpu/kernels/attention.h"
 // clang-format on
 
@@ -20,9 +21,9 @@ constexpr Kernels make_kernels(const char* isa) {
           .dot = dot,
           .sum = sum_of,
           .rms_norm = rms_norm,
-          .attention = attention,
+          .store_kv = store_kv,
+          .attend = attend,
           .swiglu = swiglu,
           .add = add,
-          .to_half = to_half,
           .row = row};
 }

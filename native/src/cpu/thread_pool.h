@@ -18,17 +18,19 @@ class ThreadPool {
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Calls f(begin, end) over [0, n) in chunks of `grain`, on all threads; returns when all are done. f must not throw.
+  // Calls f(begin, end) over [0, n) in chunks, on all threads; returns when all are done. f must not throw. `work`, at
+  // least 1, is the multiply-adds of one item: a loop with too few for two threads runs on the caller's.
   template <class F>
-  void parallel_for(int64_t n, int64_t grain, const F& f) {
+  void parallel_for(int64_t n, int64_t work, const F& f) {
     run(
-        n, grain,
+        n, chunk_of(n, work),
         [](const void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); }, &f);
   }
 
  private:
   using Body = void (*)(const void* context, int64_t begin, int64_t end);
 
+  int64_t chunk_of(int64_t n, int64_t work) const;
   void run(int64_t n, int64_t grain, Body body, const void* context);
   void work();
   void take_chunks();
