@@ -23,7 +23,8 @@ void KvCache::check_memory(int64_t n_tokens) const {
   const auto available = double(backend_.available_memory());
   if (need > available)
     throw OutOfMemoryError("the KV cache for " + std::to_string(n_tokens) + " tokens (option n_ctx) needs " +
-                           gib(need) + ", " + gib(available) + " are available; a smaller n_ctx, or kv_type q8_0, needs less");
+                           gib(need) + ", " + gib(available) +
+                           " are available; a smaller n_ctx, or kv_type q8_0, needs less");
 }
 
 void KvCache::reserve(Sequence& sequence, int64_t n_tokens) {
