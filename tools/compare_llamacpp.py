@@ -183,7 +183,10 @@ def print_comparison(report: dict[str, Any], arguments: argparse.Namespace) -> N
         print(json.dumps(report, indent=2))
         return
     llamacpp, system = report["llamacpp"], report["vptq_runtime"]
-    print(f"{system['cpu']}; here {system['device']}, there {llamacpp['version']} ({llamacpp['system']})\n")
+    print(
+        f"{system['cpu']}; here {system['device']}, "
+        f"there llama-cpp-python {llamacpp['version']} ({llamacpp['system']})\n"
+    )
     there, here = f"llama.cpp {report['llama_type']}, tok/s", "vptq-runtime, tok/s"
     headings = {"quant": "left", "test": "left", there: "right", here: "right", "ratio": "right"}
     rows = []
