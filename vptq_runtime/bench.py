@@ -100,7 +100,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         beside = arguments.synthetic is not None or (arguments.fits and option != "layers")
         if not beside and getattr(arguments, option) is not None:
             p.error(f"--{option.replace('_', '-')}: expected --synthetic beside it")
-    return command.run("vptq-bench", lambda: _fits(arguments) if arguments.fits else _run(arguments))
+    return command.run("vptq-bench", lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    try:
+        if arguments.fits:
+            _fits(arguments)
+        else:
+            _measure(arguments)
+    except OptionError as error:  # all options are the command's, and named as they are typed
+        raise command.UsageError(str(error)) from None
 
 
 def _fits(arguments: argparse.Namespace) -> None:
@@ -119,7 +129,7 @@ def _fits(arguments: argparse.Namespace) -> None:
     )
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _measure(arguments: argparse.Namespace) -> None:
     from vptq_runtime import machine  # only now: --help and wrong usage should not wait for it
 
     tests = _tests(arguments)
@@ -182,7 +192,7 @@ def _run_synthetic(arguments: argparse.Namespace, tests: list[SpeedTest]) -> Out
     )
     n_layer = shape.n_layer if arguments.layers is None else arguments.layers
     check_int("--layers", n_layer, 1, shape.n_layer)
-    model.facts(n_layer, arguments.kv_type).check_memory(_n_ctx(tests))
+    model.facts(n_layer, arguments.kv_type).check_memory(_n_ctx(tests), hint="--layers N measures N of them")
 
     facts, partial = model.facts(shape.n_layer, arguments.kv_type), n_layer < shape.n_layer
     if partial:

@@ -102,8 +102,8 @@ class ModelFacts:
         """What running it takes with a context of n_ctx tokens."""
         return self.model_bytes + self.kv_bytes * n_ctx + REST_BYTES
 
-    def check_memory(self, n_ctx: int) -> None:
-        """Raises OutOfMemoryError where that is not available."""
+    def check_memory(self, n_ctx: int, hint: str = "") -> None:
+        """Raises OutOfMemoryError where that is not available; hint: what to do then."""
         need, available = self.memory_bytes(n_ctx), _native.available_memory()
         if need > available:
             parts = (
@@ -111,7 +111,7 @@ class ModelFacts:
             )
             raise OutOfMemoryError(
                 f"{self.name}, {self.n_layer} layers: needs {_gib(need)} of memory ({parts}), "
-                f"{_gib(available)} are available"
+                f"{_gib(available)} are available{hint and ': '}{hint}"
             )
 
     def bytes_per_token(self, test: SpeedTest, n_batch: int) -> float:

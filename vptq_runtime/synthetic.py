@@ -47,8 +47,11 @@ class Quant:
 
     @classmethod
     def parse(cls, text: str) -> Quant:
-        """Reads v{v}-k{k}-{r}, as in a checkpoint's name; raises OptionError, which lists the known ones."""
-        match = re.fullmatch(r"v(\d{1,2})-k(\d{1,5})-(\d{1,5})", text, re.ASCII)
+        """Reads v{v}-k{k}-{r}, as in a checkpoint's name, where -woft often follows.
+
+        Raises OptionError, which lists the known ones.
+        """
+        match = re.fullmatch(r"v(\d{1,2})-k(\d{1,5})-(\d{1,5})(?:-woft)?", text, re.ASCII)
         quant = cls(*map(int, match.groups())) if match else cls(0, 0, 0)
         # With powers of two every random index is one of a centroid.
         sizes = [2**bits for bits in range(1, 17)]

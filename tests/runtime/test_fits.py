@@ -71,18 +71,15 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "status"),
-    [
-        (["--layers", "2"], 2),
-        (["--synthetic", "llama-3.1-8b"], 2),
-        (["--quant", "q4_k"], 1),
-        (["--kv-type", "q3"], 1),
-    ],
+    "option",
+    [["--layers", "2"], ["--synthetic", "llama-3.1-8b"], ["--quant", "q4_k"], ["--kv-type", "q3"]],
+    ids=" ".join,
 )
-def test_bad_options(option: list[str], status: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     try:
-        assert bench.main(["--fits", *option]) == status == 1
+        status = bench.main(["--fits", *option])
     except SystemExit as left:
-        assert left.code == status == 2
+        status = left.code
+    assert status == 2
     captured = capsys.readouterr()
     assert captured.out == "" and option[0] in captured.err
