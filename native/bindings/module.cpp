@@ -121,7 +121,9 @@ std::vector<vptq::Feed> feeds(const std::vector<int>& sequences, const std::vect
 
 std::vector<int32_t> step(Context& context, const std::vector<int>& sequences, const std::vector<Tokens>& tokens,
                           const std::vector<Sampler*>& samplers) {
-  return context.step(feeds(sequences, tokens), samplers);
+  std::vector<int32_t> out(sequences.size());
+  context.step(feeds(sequences, tokens), samplers, out.data());
+  return out;
 }
 
 void prefill(Context& context, const std::vector<int>& sequences, const std::vector<Tokens>& tokens) {

@@ -35,7 +35,7 @@ struct Context::State {
 
   void forward(std::span<const Feed> feeds, Want want, float* logits) {
     fill_batch(feeds, want);
-    std::vector<int> lengths;
+    lengths.clear();
     for (const Feed& feed : feeds) lengths.push_back(cache.length(feed.sequence));
     try {
       extend(feeds);
@@ -101,6 +101,7 @@ struct Context::State {
   KvCache cache;
   std::unique_ptr<Transformer> transformer;
   Batch batch;
+  std::vector<int> lengths;        // of the sequences at hand, before they are extended
   std::vector<float> step_logits;  // (n_sequences, n_vocab)
 };
 
@@ -126,21 +127,19 @@ void Context::prefill(std::span<const Feed> feeds) {
   if (!feeds.empty()) state_->forward(feeds, State::Want::none, nullptr);
 }
 
-std::vector<int32_t> Context::step(std::span<const Feed> feeds, std::span<Sampler* const> samplers) {
+void Context::step(std::span<const Feed> feeds, std::span<Sampler* const> samplers, int32_t* out) {
   if (samplers.size() != feeds.size())
     throw OptionError(std::to_string(samplers.size()) +
                       " samplers, expected one a sequence: " + std::to_string(feeds.size()));
   for (size_t i = 0; i < feeds.size(); ++i)
     if (!samplers[i])
       throw OptionError("sequence " + std::to_string(feeds[i].sequence) + ": no sampler, expected one a sequence");
-  if (feeds.empty()) return {};
+  if (feeds.empty()) return;
   const size_t n_vocab = model().hyperparameters().n_vocab;
   state_->step_logits.resize(feeds.size() * n_vocab);
   state_->forward(feeds, State::Want::last, state_->step_logits.data());
-  std::vector<int32_t> tokens;
   for (size_t i = 0; i < feeds.size(); ++i)
-    tokens.push_back(samplers[i]->sample({state_->step_logits.data() + i * n_vocab, n_vocab}));
-  return tokens;
+    out[i] = samplers[i]->sample({state_->step_logits.data() + i * n_vocab, n_vocab});
 }
 
 void Context::logits(const Feed& feed, float* out) { state_->forward({&feed, 1}, State::Want::all, out); }

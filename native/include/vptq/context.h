@@ -45,8 +45,8 @@ class Context {
 
   // Appends; computes no logits. Each sequence at most once in a call.
   void prefill(std::span<const Feed> feeds);
-  // Appends, as one batch, and samples each sequence's next token, which is not appended.
-  std::vector<int32_t> step(std::span<const Feed> feeds, std::span<Sampler* const> samplers);
+  // Appends, as one batch, and puts each sequence's next token, sampled and not appended, into out (feeds).
+  void step(std::span<const Feed> feeds, std::span<Sampler* const> samplers, int32_t* out);
   // Appends; puts the logits of every token into out (n_tokens, n_vocab).
   void logits(const Feed& feed, float* out);
 
