@@ -105,7 +105,7 @@ def compare(arguments: argparse.Namespace) -> None:
         for quant in quants:
             comparison = Comparison(quant.name)
             for n in range(arguments.rounds):
-                theirs, report["llamacpp"] = run_llamacpp(arguments, path, n_layer, shape.n_layer)
+                theirs, report["llamacpp"] = run_llamacpp(arguments, path, shape, n_layer)
                 ours, report["vptq_runtime"] = run_vptq_runtime(arguments, quant, n_layer)
                 comparison.theirs.append(theirs)
                 comparison.ours.append(ours)
@@ -143,7 +143,7 @@ def check_room(
 
 
 def run_llamacpp(
-    arguments: argparse.Namespace, path: Path, n_layer: int, whole: int
+    arguments: argparse.Namespace, path: Path, shape: Shape, n_layer: int
 ) -> tuple[Speeds, dict[str, str]]:
     sizes = ["-p", str(arguments.n_prompt), "-n", str(arguments.n_gen), "-t", str(arguments.threads)]
     script = Path(__file__).with_name("llamacpp_speed.py")
@@ -153,7 +153,11 @@ def run_llamacpp(
         SpeedTest(kind, n_tokens[kind], arguments.threads): each
         for kind, each in found.pop("seconds").items()
     }
-    measured = extrapolated(Measured("llama.cpp", 512, 0.0, seconds), n_layer, whole)
+    # llama.cpp leaves out the last layer's feed-forward matrices for tokens that need no logits.
+    weights = {linear: rows * columns for linear, (rows, columns) in shape.linears.items()}
+    left_out = sum(n for linear, n in weights.items() if linear.startswith("ffn_")) / sum(weights.values())
+    measured = Measured("llama.cpp", 512, 0.0, seconds)
+    measured = extrapolated(measured, n_layer - left_out, shape.n_layer - left_out)
     return {test.name: test.n_tokens / each[0] for test, each in measured.seconds.items()}, found
 
 
@@ -197,10 +201,7 @@ def print_comparison(report: dict[str, Any], arguments: argparse.Namespace) -> N
     print(f"\n{report['shape']}, threads: {report['threads']}, rounds: {arguments.rounds}; median (range)")
     whole, measured = report["n_layer"], report["layers_measured"]
     if measured is not None:
-        print(
-            f"Extrapolated on both sides: of {whole} layers {measured} ran, and their time was multiplied by "
-            f"{whole} / {measured}."
-        )
+        print(f"Extrapolated on both sides: of {whole} layers {measured} ran.")
 
 
 def spread(values: list[float]) -> str:

@@ -4,6 +4,7 @@
 
 Needs llama-cpp-python and nothing else. Each test starts from an empty context, after a batch of it for
 warming up. pp: a prompt, no logits computed. tg: tokens one by one, with logits. layers: as tg, without.
+Where it computes no logits, llama.cpp leaves out the last layer's feed-forward matrices, too.
 """
 
 import argparse

@@ -170,8 +170,8 @@ def measure(
     return Measured(device_name, n_batch, load_s, seconds)
 
 
-def extrapolated(measured: Measured, n_measured: int, n_layer: int) -> Measured:
-    """The seconds that n_layer layers would take, from those of n_measured.
+def extrapolated(measured: Measured, n_measured: float, n_layer: float) -> Measured:
+    """The seconds that n_layer layers would take, from those of n_measured (a part of one may be left out).
 
     A prompt's time is all in the layers, as it computes no logits. How much of decoding's is in them, the
     "layers" test says, which has to be there for each "tg" test.
