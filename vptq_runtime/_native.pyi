@@ -54,9 +54,18 @@ class Sampler:
 class Context:
     """A model on a device with a KV cache shared by many sequences."""
 
-    def __init__(self, model: Model, *, device: str, n_ctx: int, n_threads: int, kv_type: str) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        device: str,
+        n_ctx: int,
+        n_threads: int,
+        kv_type: str,
+        precision: str = "auto",
+    ) -> None:
         """device: auto | cpu | cuda; n_ctx: most tokens of one sequence; n_threads: 0 for the physical cores;
-        kv_type: f16 | f32 | q8_0."""
+        kv_type: f16 | f32 | q8_0; precision: auto | f32, see Runtime."""
     @property
     def device(self) -> str:
         """What it runs on, for people: `cpu (avx512, 2 threads)`."""
@@ -82,9 +91,16 @@ class Context:
     def prefill(self, sequences: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
         """Appends tokens[i] to sequences[i]; computes no logits."""
     def step(
-        self, sequences: Sequence[int], tokens: Sequence[Sequence[int]], samplers: Sequence[Sampler]
+        self,
+        sequences: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        samplers: Sequence[Sampler],
+        prompts: Sequence[bool] = (),
     ) -> list[int]:
-        """Appends tokens[i] to sequences[i] as one batch and samples each one's next token (not appended)."""
+        """Appends tokens[i] to sequences[i] as one batch and samples each one's next token (not appended).
+
+        prompts[i]: tokens[i] are part of a prompt, not generated (precision "auto"); (): none are.
+        """
     def logits(self, sequence: int, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Appends tokens and returns logits (len(tokens), n_vocab)."""
 
@@ -102,7 +118,8 @@ class Operations:
     def __init__(self, isa: str, n_threads: int) -> None: ...
     @staticmethod
     def dequantize(tensors: dict[str, RawTensor], in_features: int, out_features: int) -> Array: ...
-    def linear(self, tensors: dict[str, RawTensor], out_features: int, x: Array) -> Array: ...
+    def linear(self, tensors: dict[str, RawTensor], out_features: int, x: Array, n_i16: int = 0) -> Array:
+        """The first n_i16 tokens in 16-bit integers, if the weights are fit for them."""
     def time_linear(
         self, tensors: dict[str, RawTensor], out_features: int, x: Array, repetitions: int
     ) -> list[float]:

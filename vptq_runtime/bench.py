@@ -66,6 +66,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-r", "--repetitions", metavar="N", type=int, default=3, help="default: %(default)s")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     p.add_argument("--kv-type", default="f16", help="KV cache in f16, f32 or q8_0 (default: %(default)s)")
+    p.add_argument(
+        "--precision",
+        default="auto",
+        help="auto: prompts in 16-bit integers where that is faster; f32: all in float32 (default: %(default)s)",
+    )
     synthetic = p.add_argument_group(
         "synthetic models",
         "All but --layers are for --fits, too, which has a configuration for each of 1.5, 2, 3 and 4 bits "
@@ -149,6 +154,7 @@ def _measure(arguments: argparse.Namespace) -> None:
         | {
             "synthetic": arguments.model is None,
             "kv_type": arguments.kv_type,
+            "precision": arguments.precision,
             "memory_bytes": facts.memory_bytes(_n_ctx(tests)),
             "layers_measured": layers_measured,  # from which the speeds are extrapolated; null: all there are
         },
@@ -223,7 +229,7 @@ def _result(
 def _tests(arguments: argparse.Namespace) -> list[SpeedTest]:
     from vptq_runtime import _native
     from vptq_runtime.generation import check_choice, check_int
-    from vptq_runtime.runtime import DEVICES, KV_TYPES, MAX_INT
+    from vptq_runtime.runtime import DEVICES, KV_TYPES, MAX_INT, PRECISIONS
     from vptq_runtime.speed import SpeedTest
 
     threads = arguments.threads or [_native.physical_cores()]
@@ -234,6 +240,7 @@ def _tests(arguments: argparse.Namespace) -> list[SpeedTest]:
         check_int("--threads", n, 1, 1024)
     check_choice("--device", arguments.device, DEVICES)
     check_choice("--kv-type", arguments.kv_type, KV_TYPES)
+    check_choice("--precision", arguments.precision, PRECISIONS)
     kinds = [(kind, n) for kind, n in (("pp", arguments.n_prompt), ("tg", arguments.n_gen)) if n]
     if not kinds:
         raise OptionError("--n-prompt, --n-gen: found 0 for both, expected one test at least")
@@ -244,6 +251,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "device": arguments.device,
         "kv_type": arguments.kv_type,
+        "precision": arguments.precision,
         "repetitions": arguments.repetitions,
         "status": _status,
     }

@@ -35,6 +35,7 @@ OPTION_NAMES = {
     "n_threads": "-t",
     "device": "--device",
     "kv_type": "--kv-type",
+    "precision": "--precision",
     "temperature": "--temp",
     "top_k": "--top-k",
     "top_p": "--top-p",
@@ -108,6 +109,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     p.add_argument("--kv-type", default="f16", help="KV cache in f16, f32 or q8_0 (default: %(default)s)")
+    p.add_argument(
+        "--precision",
+        default="auto",
+        help="auto: prompts in 16-bit integers where that is faster; f32: all in float32 (default: %(default)s)",
+    )
     sampling = p.add_argument_group("sampling")
     sampling.add_argument(
         "--temp", metavar="T", type=float, default=0.8, help="0 is greedy (default: %(default)s)"
@@ -203,6 +209,7 @@ def _run_model(arguments: argparse.Namespace) -> None:
         n_ctx=arguments.n_ctx,
         n_threads=arguments.n_threads,
         kv_type=arguments.kv_type,
+        precision=arguments.precision,
     ) as runtime:
         if runtime.n_ctx > runtime.n_ctx_train:
             trained = f"more than the {runtime.n_ctx_train} that the model was trained on"

@@ -45,6 +45,7 @@ MAX_INT = 2**31 - 1
 SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # templates' names, GGUF's
 DEVICES = ("auto", "cpu", "cuda")
 KV_TYPES = ("f16", "f32", "q8_0")
+PRECISIONS = ("auto", "f32")
 
 
 class Runtime:
@@ -56,6 +57,8 @@ class Runtime:
         which is the default up to 4096. The cache's memory is taken per sequence, when it is needed.
     n_threads: by default one for each physical core.
     kv_type: element type of the KV cache, "f16", "f32", or "q8_0" (half of f16's bytes).
+    precision: "auto" puts the tokens of prompts through the linear layers in 16-bit integers where that is faster
+        (docs/exactness.md says what it changes; generated tokens never), "f32" computes all in float32.
 
     The KV cache of the last single prompt is kept: of a next one that begins like it, only the rest is fed.
 
@@ -72,6 +75,7 @@ class Runtime:
         n_ctx: int | None = None,
         n_threads: int | None = None,
         kv_type: str = "f16",
+        precision: str = "auto",
     ) -> None:
         start = time.perf_counter()
         if n_ctx is not None:
@@ -79,6 +83,7 @@ class Runtime:
         if n_threads is not None:
             check_int("n_threads", n_threads, 1, 1024)
         check_choice("kv_type", kv_type, KV_TYPES)
+        check_choice("precision", precision, PRECISIONS)
         check_choice("device", device, DEVICES)
         self._path = _checked_path(path)
         model = _native.Model(self._path)
@@ -99,6 +104,7 @@ class Runtime:
             n_ctx=min(model.n_ctx_train, DEFAULT_N_CTX) if n_ctx is None else n_ctx or model.n_ctx_train,
             n_threads=n_threads or 0,
             kv_type=kv_type,
+            precision=precision,
         )
         self._kept = KeptSequence()
         self._device = self._context.device
@@ -358,8 +364,12 @@ class Runtime:
                 continue
             batch = sequences[first:end]
             with self._native() as context:
-                ids = [sequence.id for sequence in batch]
-                sampled += context.step(ids, feeds[first:end], [sequence.sampler for sequence in batch])
+                sampled += context.step(
+                    [sequence.id for sequence in batch],
+                    feeds[first:end],
+                    [sequence.sampler for sequence in batch],
+                    [not sequence.tokens for sequence in batch],
+                )
             first, n_tokens = end, 0
         return sampled
 

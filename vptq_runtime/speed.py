@@ -150,6 +150,7 @@ def measure(
     *,
     device: str,
     kv_type: str,
+    precision: str,
     repetitions: int,
     status: Status,
 ) -> Measured:
@@ -159,7 +160,9 @@ def measure(
     seconds: dict[SpeedTest, list[float]] = {}
     for n_threads in dict.fromkeys(test.threads for test in tests):
         begin = time.perf_counter()
-        context = _native.Context(model, device=device, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type)
+        context = _native.Context(
+            model, device=device, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type, precision=precision
+        )
         load_s = load_s or open_s + time.perf_counter() - begin
         for test in tests:
             if test.threads == n_threads:

@@ -120,9 +120,14 @@ std::vector<vptq::Feed> feeds(const std::vector<int>& sequences, const std::vect
 }
 
 std::vector<int32_t> step(Context& context, const std::vector<int>& sequences, const std::vector<Tokens>& tokens,
-                          const std::vector<Sampler*>& samplers) {
+                          const std::vector<Sampler*>& samplers, const std::vector<bool>& prompts) {
+  std::vector<vptq::Feed> steps = feeds(sequences, tokens);
+  if (!prompts.empty() && prompts.size() != steps.size())
+    throw vptq::OptionError(std::to_string(prompts.size()) +
+                            " prompts, expected one flag a sequence: " + std::to_string(steps.size()));
+  for (size_t i = 0; i < steps.size(); ++i) steps[i].prompt = !prompts.empty() && prompts[i];
   std::vector<int32_t> out(sequences.size());
-  context.step(feeds(sequences, tokens), samplers, out.data());
+  context.step(steps, samplers, out.data());
   return out;
 }
 
@@ -179,12 +184,12 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](Context* self, std::shared_ptr<Model> model, const std::string& device, int n_ctx, int n_threads,
-             const std::string& kv_type) {
+             const std::string& kv_type, const std::string& precision) {
             const nb::gil_scoped_release release;
-            new (self) Context(std::move(model), {device, n_ctx, n_threads, kv_type});
+            new (self) Context(std::move(model), {device, n_ctx, n_threads, kv_type, precision});
           },
           nb::arg("model"), nb::kw_only(), nb::arg("device"), nb::arg("n_ctx"), nb::arg("n_threads"),
-          nb::arg("kv_type"))
+          nb::arg("kv_type"), nb::arg("precision") = "auto")
       .def_prop_ro("device", &Context::device)
       .def_prop_ro("n_ctx", &Context::n_ctx)
       .def_prop_ro("n_batch", [](const Context&) { return Context::kMaxBatch; })
@@ -194,7 +199,8 @@ NB_MODULE(_native, m) {
       .def("truncate", &Context::truncate, nb::arg("sequence"), nb::arg("n_tokens"))
       .def("length", &Context::length, nb::arg("sequence"))
       .def("prefill", prefill, nb::arg("sequences"), nb::arg("tokens"), no_gil)
-      .def("step", step, nb::arg("sequences"), nb::arg("tokens"), nb::arg("samplers"), no_gil)
+      .def("step", step, nb::arg("sequences"), nb::arg("tokens"), nb::arg("samplers"),
+           nb::arg("prompts") = std::vector<bool>(), no_gil)
       .def("logits", logits, nb::arg("sequence"), nb::arg("tokens"));
 
   m.def("cpu_isas", vptq::cpu::available_isas);

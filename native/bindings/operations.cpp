@@ -61,12 +61,13 @@ class Operations {
  public:
   Operations(const std::string& isa, int n_threads) : backend_(n_threads, isa) {}
 
-  Array2 linear(const RawTensors& tensors, int out_features, const In& x) {
+  Array2 linear(const RawTensors& tensors, int out_features, const In& x, int n_i16) {
     expect(x.ndim() == 2 && x.shape(0) >= 1, "x: expected shape (n, in_features)");
+    expect(n_i16 >= 0 && size_t(n_i16) <= x.shape(0), "n_i16: expected 0 to n");
     const Layer layer(tensors, int(x.shape(1)), out_features);
     const auto ready = backend_.linear(layer.weights());
     Array2 y = new_array(x.shape(0), out_features);
-    backend_.apply({{*ready, y.data()}}, x.data(), int(x.shape(0)));
+    backend_.apply({{*ready, y.data()}}, x.data(), int(x.shape(0)), n_i16);
     return y;
   }
 
@@ -79,7 +80,7 @@ class Operations {
     std::vector<double> seconds;
     for (int i = 0; i < repetitions; ++i) {
       const auto begin = std::chrono::steady_clock::now();
-      backend_.apply({{*ready, y.data()}}, x.data(), int(x.shape(0)));
+      backend_.apply({{*ready, y.data()}}, x.data(), int(x.shape(0)), 0);
       seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
     }
     return seconds;
@@ -92,7 +93,7 @@ class Operations {
     const Layer a(tensors[0], in, out[0]), b(tensors[1], in, out[1]), c(tensors[2], in, out[2]);
     const auto la = backend_.linear(a.weights()), lb = backend_.linear(b.weights()), lc = backend_.linear(c.weights());
     std::array<Array2, 3> y{new_array(n, out[0]), new_array(n, out[1]), new_array(n, out[2])};
-    backend_.apply({{*la, y[0].data()}, {*lb, y[1].data()}, {*lc, y[2].data()}}, x.data(), n);
+    backend_.apply({{*la, y[0].data()}, {*lb, y[1].data()}, {*lc, y[2].data()}}, x.data(), n, 0);
     return y;
   }
 
@@ -188,7 +189,8 @@ Array2 dequantized(const LinearWeights& layer) {
 void bind_operations(nb::module_& m) {
   nb::class_<Operations>(m, "Operations")
       .def(nb::init<const std::string&, int>(), nb::arg("isa"), nb::arg("n_threads"))
-      .def("linear", &Operations::linear, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"))
+      .def("linear", &Operations::linear, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"),
+           nb::arg("n_i16") = 0)
       .def("time_linear", &Operations::time_linear, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"),
            nb::arg("repetitions"))
       .def("linears", &Operations::linears, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"))

@@ -40,6 +40,7 @@ struct Batch {
   std::vector<int32_t> first_block;  // (n_sequences)
   std::vector<std::byte*> blocks;
   std::vector<int32_t> outputs;  // the tokens, by index, whose logits are wanted
+  int n_i16 = 0;                 // the first so many tokens: their linear layers may be in 16-bit integers
 
   int n() const { return static_cast<int>(tokens.size()); }
 };
@@ -62,6 +63,7 @@ class Backend {
 
   virtual std::string description() const = 0;  // "cpu (avx512, 2 threads)"
   virtual size_t available_memory() const = 0;  // bytes that could still be allocated
+  virtual bool i16_pays() const = 0;            // linear layers are faster in 16-bit integers than in float32
 
   // Memory that lives as long as the backend, aligned to 64 bytes; `what` is for the message of OutOfMemoryError.
   virtual std::byte* allocate(size_t bytes, const std::string& what) = 0;
@@ -76,8 +78,8 @@ class Backend {
   virtual void embed(const Batch& batch, const Tensor& table, float* x) = 0;
   // out = x / sqrt(mean(x^2) + eps) * weight, over rows of d
   virtual void rms_norm(const float* x, int n, int d, const float* weight, float eps, float* out) = 0;
-  // All of these layers on the same x (n, in_features).
-  virtual void apply(std::initializer_list<Projection> projections, const float* x, int n) = 0;
+  // All of these layers on the same x (n, in_features); for the first n_i16 tokens 16-bit integers will do.
+  virtual void apply(std::initializer_list<Projection> projections, const float* x, int n, int n_i16) = 0;
   // Rotates x (n, n_head, head_dim): the pair (i, i + head_dim / 2) by the angle position * inv_freq[i].
   virtual void rope(const Batch& batch, int n_head, int head_dim, const float* inv_freq, float* x) = 0;
   // Puts k and v (n, n_head_kv, head_dim) into the cache at the tokens' positions.

@@ -29,6 +29,7 @@ struct Context::State {
               KvLayout{model->hyperparameters().n_layer, model->hyperparameters().n_head_kv,
                        model->hyperparameters().head_dim, kv_type},
               n_ctx) {
+    i16 = options.precision == "auto" && backend->i16_pays();
     cache.check_memory(n_ctx);
     transformer = std::make_unique<Transformer>(*model, *backend, kMaxBatch);
   }
@@ -52,35 +53,51 @@ struct Context::State {
     }
   }
 
-  // Checks the feeds against the model and lists their tokens.
+  // Checks the feeds against the model and lists their tokens, prompts first.
   void fill_batch(std::span<const Feed> feeds, Want want) {
-    const int n_vocab = model->hyperparameters().n_vocab;
     batch.tokens.clear();
     batch.positions.clear();
     batch.sequences.clear();
     batch.outputs.clear();
+    batch.outputs.resize(want == Want::last ? feeds.size() : 0);
+    check(feeds);
+    for (const bool prompt : {true, false}) {
+      for (size_t s = 0; s < feeds.size(); ++s)
+        if (feeds[s].prompt == prompt) append(feeds[s], int32_t(s), want);
+      if (prompt) batch.n_i16 = i16 ? batch.n() : 0;
+    }
+  }
+
+  void check(std::span<const Feed> feeds) const {
+    const int n_vocab = model->hyperparameters().n_vocab;
+    size_t n = 0;
     for (size_t s = 0; s < feeds.size(); ++s) {
       const Feed& feed = feeds[s];
-      const int length = cache.length(feed.sequence);
+      cache.length(feed.sequence);  // it exists
       for (size_t other = 0; other < s; ++other)
         if (feeds[other].sequence == feed.sequence)
           throw OptionError("sequence " + std::to_string(feed.sequence) + " stands twice in one batch");
       if (feed.tokens.empty())
         throw OptionError("no tokens for sequence " + std::to_string(feed.sequence) + ", expected at least one");
-      const size_t n = batch.tokens.size() + feed.tokens.size();
+      n += feed.tokens.size();
       if (n > size_t(kMaxBatch))
         throw OptionError("a batch of " + std::to_string(n) + " tokens or more, expected at most " +
                           std::to_string(kMaxBatch));
-      for (size_t i = 0; i < feed.tokens.size(); ++i) {
-        const int32_t token = feed.tokens[i];
+      for (const int32_t token : feed.tokens)
         if (token < 0 || token >= n_vocab)
           throw OptionError("token " + std::to_string(token) + ", expected 0 to " + std::to_string(n_vocab - 1));
-        if (want == Want::all || (want == Want::last && i + 1 == feed.tokens.size()))
-          batch.outputs.push_back(batch.n());
-        batch.tokens.push_back(token);
-        batch.positions.push_back(length + static_cast<int>(i));
-        batch.sequences.push_back(static_cast<int>(s));
-      }
+    }
+  }
+
+  // s: the feed's place
+  void append(const Feed& feed, int32_t s, Want want) {
+    const int length = cache.length(feed.sequence);
+    for (size_t i = 0; i < feed.tokens.size(); ++i) {
+      if (want == Want::all) batch.outputs.push_back(batch.n());
+      if (want == Want::last) batch.outputs[s] = batch.n();
+      batch.tokens.push_back(feed.tokens[i]);
+      batch.positions.push_back(length + static_cast<int>(i));
+      batch.sequences.push_back(s);
     }
   }
 
@@ -97,6 +114,7 @@ struct Context::State {
 
   std::shared_ptr<const Model> model;
   int n_ctx;
+  bool i16;  // prompts in 16-bit integers
   std::unique_ptr<Backend> backend;
   KvCache cache;
   std::unique_ptr<Transformer> transformer;
@@ -107,6 +125,8 @@ struct Context::State {
 
 Context::Context(std::shared_ptr<const Model> model, const ContextOptions& options) {
   if (options.n_ctx < 1) throw OptionError("n_ctx: found " + std::to_string(options.n_ctx) + ", expected at least 1");
+  if (options.precision != "auto" && options.precision != "f32")
+    throw OptionError("precision: found '" + options.precision + "', expected auto or f32");
   const DType kv_type = kv_type_of(options.kv_type, model->hyperparameters().head_dim);
   state_ = std::make_unique<State>(std::move(model), options, kv_type);
 }

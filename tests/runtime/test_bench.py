@@ -189,7 +189,8 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     facts = tiny_model(output_type="q8_0").facts(3, "f32")
     model = report["model"]
     assert model.pop("memory_bytes") == facts.model_bytes + 200 * facts.kv_bytes + speed.REST_BYTES
-    assert {model.pop("synthetic"), model.pop("kv_type"), model.pop("layers_measured")} == {True, "f32", None}
+    described = [model.pop(key) for key in ("synthetic", "kv_type", "precision", "layers_measured")]
+    assert described == [True, "f32", "auto", None]
     assert model == vars(facts)
     assert report["load_s"] > 0 and report["peak_memory_bytes"] > 1 << 20
     results = report["results"]

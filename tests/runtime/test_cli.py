@@ -110,7 +110,7 @@ def test_every_option_arrives(
     monkeypatch.setattr(Runtime, "__init__", spying_init)
     monkeypatch.setattr(Runtime, "generate", spying_generate)
     options = "-n 7 -c 99 -t 1 --device cpu --temp 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 --repeat-penalty 1.1"
-    more = "--seed 4 --stop a --stop b --kv-type f32"
+    more = "--seed 4 --stop a --stop b --kv-type f32 --precision f32"
     assert cli.main(["-m", str(model), "-p", "a", *options.split(), *more.split()]) == 0
     assert seen == {
         "max_tokens": 7,
@@ -125,6 +125,7 @@ def test_every_option_arrives(
         "seed": 4,
         "stop": ["a", "b"],
         "kv_type": "f32",
+        "precision": "f32",
         "stream": True,
     }
     short = "-n 7 -c 99 -t 1 --temp 0.5 --system b --seed 4"
@@ -189,6 +190,7 @@ def test_errors(model: Path, arguments: list[str], message: str, capsys: pytest.
         (["-c", "-1"], "-c: found -1"),
         (["-t", "0"], "-t: found 0"),
         (["--kv-type", "q4"], "--kv-type: found 'q4'"),
+        (["--precision", "f16"], "--precision: found 'f16'"),
         (["--device", "tpu"], "--device: found 'tpu'"),
         (["--chat", "--temp", "-1"], "--temp: found -1.0"),
     ],

@@ -313,6 +313,7 @@ def test_other_bad_arguments(runtime: Runtime) -> None:
         {"n_threads": 10**9},
         {"kv_type": "f64"},
         {"kv_type": None},
+        {"precision": "f16"},
         {"device": "tpu"},
         {"device": None},
         {"device": "\udc80"},

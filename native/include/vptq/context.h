@@ -16,12 +16,16 @@ struct ContextOptions {
   int n_ctx = 4096;             // most tokens of one sequence
   int n_threads = 0;            // 0: the physical cores
   std::string kv_type = "f16";  // f16, f32, or q8_0: blocks of 32 int8 and an f16 scale
+  // auto: prompts' tokens may go through the linear layers in 16-bit integers, where that is faster; f32: never
+  std::string precision = "auto";
 };
 
-// Tokens to append to a sequence.
+// Tokens to append to a sequence. What precision "auto" computes them in, `prompt` says, and nothing else: neither how
+// a prompt is cut into feeds nor what else is in the batch.
 struct Feed {
   int sequence;
   std::span<const int32_t> tokens;
+  bool prompt = true;  // they are part of a prompt; false: generated
 };
 
 // Not thread-safe: one call at a time.

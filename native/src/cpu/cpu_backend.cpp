@@ -77,36 +77,37 @@ void CpuBackend::rms_norm(const float* x, int n, int d, const float* weight, flo
   });
 }
 
-void CpuBackend::apply(std::initializer_list<Projection> projections, const float* x, int n) {
+void CpuBackend::apply(std::initializer_list<Projection> projections, const float* x, int n, int n_i16) {
+  const Activations activations{x, n, n_i16};
   shares_.clear();
   size_t prepared_size = 0;
   int64_t n_rows = 0;
   for (const Projection& p : projections) {
     const auto& layer = static_cast<const CpuLinear&>(p.layer);
     shares_.push_back({&layer, prepared_size, n_rows, p.y});
-    prepared_size += size_t(n) * layer.prepared_size();
+    prepared_size += size_t(layer.prepared_size(activations));
     n_rows += layer.out_features;
   }
   if (prepared_.size() < prepared_size) prepared_.resize(prepared_size);
-  prepare(x, n, prepared_size);
+  prepare(activations, prepared_size);
 
   const int64_t work = int64_t{n} * shares_[0].layer->in_features;
   threads_.parallel_for(n_rows, work, [&](int64_t begin, int64_t end) {
     for (const Share& s : shares_) {
       const int first = s.row(begin), last = s.row(end);
-      if (first < last) s.layer->rows(x, prepared_.data() + s.prepared, n, first, last, s.y);
+      if (first < last) s.layer->rows(activations, prepared_.data() + s.prepared, first, last, s.y);
     }
   });
 }
 
-void CpuBackend::prepare(const float* x, int n, size_t size) {
+void CpuBackend::prepare(const Activations& x, size_t size) {
   if (size == 0) return;
-  const auto items = int64_t(shares_.size()) * n;
+  const auto items = int64_t(shares_.size()) * x.n;
   const int64_t work = (int64_t(size) + items - 1) / items;
   threads_.parallel_for(items, work, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const Share& s = shares_[i / n];
-      s.layer->prepare(x, n, int(i % n), prepared_.data() + s.prepared);
+      const Share& s = shares_[i / x.n];
+      s.layer->prepare(x, int(i % x.n), prepared_.data() + s.prepared);
     }
   });
 }

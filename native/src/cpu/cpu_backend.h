@@ -20,6 +20,7 @@ class CpuBackend : public Backend {
 
   std::string description() const override;
   size_t available_memory() const override;
+  bool i16_pays() const override { return kernels_.i16_pays; }
   std::byte* allocate(size_t bytes, const std::string& what) override;
 
   std::unique_ptr<Linear> linear(const LinearWeights& weights) override;
@@ -29,7 +30,7 @@ class CpuBackend : public Backend {
 
   void embed(const Batch& batch, const Tensor& table, float* x) override;
   void rms_norm(const float* x, int n, int d, const float* weight, float eps, float* out) override;
-  void apply(std::initializer_list<Projection> projections, const float* x, int n) override;
+  void apply(std::initializer_list<Projection> projections, const float* x, int n, int n_i16) override;
   void rope(const Batch& batch, int n_head, int head_dim, const float* inv_freq, float* x) override;
   void store_kv(const Batch& batch, const KvLayout& layout, int layer, const float* k, const float* v) override;
   void attention(const Batch& batch, const KvLayout& layout, int layer, int n_head, int window, const float* q,
@@ -54,7 +55,7 @@ class CpuBackend : public Backend {
     int row(int64_t i) const;
   };
 
-  void prepare(const float* x, int n, size_t size);
+  void prepare(const Activations& x, size_t size);
 
   const Kernels& kernels_;
   ThreadPool threads_;

@@ -12,16 +12,20 @@ namespace vptq::cpu {
 
 extern const Kernels kernels_generic;
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2, kernels_avx512;
+extern const Kernels kernels_avx2, kernels_avx2vnni, kernels_avx512, kernels_avx512vnni;
 #endif
 
 namespace {
 
 #if defined(__x86_64__)
-// Not every compiler's __builtin_cpu_supports knows this one.
+// Not every compiler's __builtin_cpu_supports knows these two.
 bool has_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+bool has_avxvnni() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1 << 4);
 }
 #endif
 
@@ -30,8 +34,11 @@ std::vector<const Kernels*> available() {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512vnni")) best_first.push_back(&kernels_avx512vnni);
     best_first.push_back(&kernels_avx512);
+  }
+  if (avx2 && has_avxvnni()) best_first.push_back(&kernels_avx2vnni);
   if (avx2) best_first.push_back(&kernels_avx2);
 #endif
   best_first.push_back(&kernels_generic);

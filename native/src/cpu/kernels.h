@@ -38,6 +38,16 @@ struct Kernels {
   // row_end too or out_features.
   void (*vq)(const VqColumns& c, const float* x, int64_t x_stride, int n_tokens, int row_begin, int row_end,
              bool accumulate, float* y, int64_t y_stride);
+  // The same in 16-bit integers: activations and weights as whole numbers times a step (kernels/i16.h).
+  bool i16_pays;  // they are faster than float32
+  // The step of a group's weights; 0 where 16 bits are not enough for them.
+  float (*i16_step)(const VqColumns& c, int group);
+  // What round_columns() makes of a token's x, from the first of the columns on: so many words of 32 bits.
+  int64_t (*i16_size)(const VqColumns& c);
+  void (*round_columns)(const VqColumns& c, const float* x, float* words);
+  // w_steps (n_groups), x (n_tokens, x_stride) the words of each token
+  void (*vq_i16)(const VqColumns& c, const float* w_steps, const float* x, int64_t x_stride, int n_tokens,
+                 int row_begin, int row_end, bool accumulate, float* y, int64_t y_stride);
   // y[t][o] = sum_i W[o, i] x[t][i] for the rows [row_begin, row_end)
   void (*dense)(const Tensor& w, int in_features, const float* x, int64_t x_stride, int n_tokens, int row_begin,
                 int row_end, float* y, int64_t y_stride);

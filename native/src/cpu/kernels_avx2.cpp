@@ -11,7 +11,8 @@ namespace {
 // clang-format off
 #include "cpu/vec_compose.h"
 #include "cpu/vec_avx2.h"
-constexpr int kTokensAtOnce = 3;  // whose sums over a tile of weights fit the registers
+constexpr int kSumVectors = 10, kWeightVectors = 2;  // that fit the registers beside each other
+constexpr bool kI16Pays = true;
 #include "cpu/kernels_table.h"
 // clang-format on
 

@@ -12,7 +12,8 @@ namespace {
 #include "cpu/vec_compose.h"
 #include "cpu/vec_avx2.h"
 #include "cpu/vec_avx512.h"
-constexpr int kTokensAtOnce = 6;  // whose sums over a tile of weights fit the registers
+constexpr int kSumVectors = 24, kWeightVectors = 4;  // that fit the registers beside each other
+constexpr bool kI16Pays = true;
 #include "cpu/kernels_table.h"
 // clang-format on
 

@@ -9,7 +9,8 @@ namespace {
 // The order matters from here on.
 // clang-format off
 #include "cpu/vec_generic.h"
-constexpr int kTokensAtOnce = 2;  // whose sums over a tile of weights fit the registers
+constexpr int kSumVectors = 4, kWeightVectors = 2;
+constexpr bool kI16Pays = false;
 #include "cpu/kernels_table.h"
 // clang-format on
 

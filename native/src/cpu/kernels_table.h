@@ -7,6 +7,8 @@
 #include "cpu/kernels/unpack.h"
 #include "cpu/kernels/codebook.h"
 #include "cpu/kernels/vq_token.h"
+#include "cpu/kernels/vq_tokens.h"
+#include "cpu/kernels/i16.h"
 #include "cpu/kernels/vq.h"
 #include "cpu/kernels/dense.h"
 #include "cpu/kernels/kv_cache.h"
@@ -16,6 +18,11 @@
 constexpr Kernels make_kernels(const char* isa) {
   return {.isa = isa,
           .vq = vq,
+          .i16_pays = kI16Pays,
+          .i16_step = i16_step,
+          .i16_size = i16_size,
+          .round_columns = round_columns,
+          .vq_i16 = vq_i16,
           .dense = dense,
           .gather = gather,
           .dot = dot,

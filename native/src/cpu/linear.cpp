@@ -1,5 +1,6 @@
 #include "cpu/linear.h"
 
+#include <algorithm>
 #include <numeric>
 
 namespace vptq::cpu {
@@ -20,10 +21,10 @@ DenseLinear::DenseLinear(const Kernels& kernels, const LinearWeights& weights, c
     : CpuLinear(kernels, weights.in_features, weights.out_features, kDenseUnit, bias),
       weight_(std::get<DenseWeights>(weights.weights).weight) {}
 
-void DenseLinear::rows(const float* x, const float*, int n, int begin, int end, float* y) const {
-  kernels_.dense(weight_, in_features, x, in_features, n, begin, end, y, out_features);
+void DenseLinear::rows(const Activations& x, const float*, int begin, int end, float* y) const {
+  kernels_.dense(weight_, in_features, x.x, in_features, x.n, begin, end, y, out_features);
   if (!bias_) return;
-  for (int t = 0; t < n; ++t) kernels_.add(y + int64_t{t} * out_features + begin, bias_ + begin, end - begin);
+  for (int t = 0; t < x.n; ++t) kernels_.add(y + int64_t{t} * out_features + begin, bias_ + begin, end - begin);
 }
 
 VptqLinear::VptqLinear(const Kernels& kernels, const LinearWeights& weights, const VptqNorms& norms, const float* bias)
@@ -31,25 +32,48 @@ VptqLinear::VptqLinear(const Kernels& kernels, const LinearWeights& weights, con
                 bias),
       columns_(std::get<VptqWeights>(weights.weights).columns),
       perm_(std::get<VptqWeights>(weights.weights).perm),
-      norms_(norms) {}
-
-int VptqLinear::prepared_size() const {
-  return (gathers() ? in_features : 0) + (norms_.shift || norms_.out_shift ? 1 : 0);
+      norms_(norms) {
+  for (const VqColumns& c : columns_) {
+    words_ += kernels.i16_size(c);
+    std::vector<float>& steps = w_steps_.emplace_back();
+    for (int group = 0; group < c.n_groups; ++group) steps.push_back(kernels.i16_step(c, group));
+    if (std::count(steps.begin(), steps.end(), 0.0f)) {
+      words_ = 0;
+      return;
+    }
+  }
 }
 
-void VptqLinear::prepare(const float* x, int n, int t, float* prepared) const {
-  const float* xt = x + int64_t{t} * in_features;
-  if (gathers()) kernels_.gather(xt, perm_, norms_.scale, in_features, prepared + int64_t{t} * in_features);
-  float* offset = prepared + first_offset(n) + t;
+int64_t VptqLinear::prepared_size(const Activations& x) const { return first_word(x.n) + n_i16(x) * words_; }
+
+void VptqLinear::prepare(const Activations& x, int t, float* prepared) const {
+  const float* xt = x.x + int64_t{t} * in_features;
+  float* permuted = prepared + int64_t{t} * in_features;
+  if (gathers()) kernels_.gather(xt, perm_, norms_.scale, in_features, permuted);
+  float* offset = prepared + first_offset(x.n) + t;
   if (norms_.shift) *offset = kernels_.dot(xt, norms_.shift, in_features);
   if (norms_.out_shift) *offset = kernels_.sum(xt, in_features);
+  if (t >= n_i16(x)) return;
+  float* words = prepared + first_word(x.n) + t * words_;
+  for (const VqColumns& c : columns_) {
+    kernels_.round_columns(c, (gathers() ? permuted : xt) + c.first_column, words);
+    words += kernels_.i16_size(c);
+  }
 }
 
-void VptqLinear::rows(const float* x, const float* prepared, int n, int begin, int end, float* y) const {
-  const float* permuted = gathers() ? prepared : x;
-  for (size_t i = 0; i < columns_.size(); ++i)
-    kernels_.vq(columns_[i], permuted, in_features, n, begin, end, i > 0, y, out_features);
-  finish(prepared + first_offset(n), n, begin, end, y);
+void VptqLinear::rows(const Activations& x, const float* prepared, int begin, int end, float* y) const {
+  const int rounded = n_i16(x);
+  const float* rest = (gathers() ? prepared : x.x) + int64_t{rounded} * in_features;
+  const float* words = prepared + first_word(x.n);
+  for (size_t i = 0; i < columns_.size(); ++i) {
+    const VqColumns& c = columns_[i];
+    if (rounded) kernels_.vq_i16(c, w_steps_[i].data(), words, words_, rounded, begin, end, i > 0, y, out_features);
+    if (rounded < x.n)
+      kernels_.vq(c, rest, in_features, x.n - rounded, begin, end, i > 0, y + int64_t{rounded} * out_features,
+                  out_features);
+    words += kernels_.i16_size(c);
+  }
+  finish(prepared + first_offset(x.n), x.n, begin, end, y);
 }
 
 void VptqLinear::finish(const float* offsets, int n, int begin, int end, float* y) const {

@@ -10,6 +10,12 @@
 
 namespace vptq::cpu {
 
+struct Activations {
+  const float* x;  // (n, in_features)
+  int n;
+  int n_i16;  // the first so many tokens may be computed in 16-bit integers
+};
+
 class CpuLinear : public Linear {
  public:
   CpuLinear(const Kernels& kernels, int in_features, int out_features, int row_unit, const float* bias)
@@ -18,12 +24,12 @@ class CpuLinear : public Linear {
   const int in_features, out_features;
   const int row_unit;  // rows() begins at a multiple of it, and ends at one or at out_features
 
-  // Floats that prepare() needs for each token; 0: there is nothing to prepare.
-  virtual int prepared_size() const = 0;
-  // Makes ready token t of x (n, in_features); prepared (n * prepared_size()).
-  virtual void prepare(const float* x, int n, int t, float* prepared) const = 0;
+  // Floats that prepare() needs; 0: there is nothing to prepare.
+  virtual int64_t prepared_size(const Activations& x) const = 0;
+  // Makes ready token t; prepared (prepared_size()).
+  virtual void prepare(const Activations& x, int t, float* prepared) const = 0;
   // y[t][o] = sum_i W[o, i] x[t][i] + bias[o] for all tokens and the outputs o in [begin, end)
-  virtual void rows(const float* x, const float* prepared, int n, int begin, int end, float* y) const = 0;
+  virtual void rows(const Activations& x, const float* prepared, int begin, int end, float* y) const = 0;
 
  protected:
   const Kernels& kernels_;
@@ -34,9 +40,9 @@ class DenseLinear : public CpuLinear {
  public:
   DenseLinear(const Kernels& kernels, const LinearWeights& weights, const float* bias);
 
-  int prepared_size() const override { return 0; }
-  void prepare(const float*, int, int, float*) const override {}
-  void rows(const float* x, const float* prepared, int n, int begin, int end, float* y) const override;
+  int64_t prepared_size(const Activations&) const override { return 0; }
+  void prepare(const Activations&, int, float*) const override {}
+  void rows(const Activations& x, const float* prepared, int begin, int end, float* y) const override;
 
  private:
   Tensor weight_;
@@ -54,18 +60,22 @@ class VptqLinear : public CpuLinear {
  public:
   VptqLinear(const Kernels& kernels, const LinearWeights& weights, const VptqNorms& norms, const float* bias);
 
-  int prepared_size() const override;
-  void prepare(const float* x, int n, int t, float* prepared) const override;
-  void rows(const float* x, const float* prepared, int n, int begin, int end, float* y) const override;
+  int64_t prepared_size(const Activations& x) const override;
+  void prepare(const Activations& x, int t, float* prepared) const override;
+  void rows(const Activations& x, const float* prepared, int begin, int end, float* y) const override;
 
  private:
   bool gathers() const { return perm_ || norms_.scale; }
-  // What is prepared: x permuted and scaled (n, in_features) if the layer gathers, then, from first_offset(n) on, what
-  // the shifts add to every output of a token (n).
+  // What is prepared: x permuted and scaled (n, in_features) if the layer gathers; from first_offset(n) on what the
+  // shifts add to every output of a token (n); from first_word(n) on the first tokens' x in 16 bits (n_i16, words_).
   int64_t first_offset(int n) const { return gathers() ? int64_t{n} * in_features : 0; }
+  int64_t first_word(int n) const { return first_offset(n) + (norms_.shift || norms_.out_shift ? n : 0); }
+  int n_i16(const Activations& x) const { return words_ ? x.n_i16 : 0; }
   void finish(const float* offsets, int n, int begin, int end, float* y) const;
 
   std::vector<VqColumns> columns_;
+  std::vector<std::vector<float>> w_steps_;  // of each columns' codebooks, for 16 bits
+  int64_t words_ = 0;                        // of a token's x in 16 bits; 0: these weights need more than 16 bits
   const uint16_t* perm_;
   VptqNorms norms_;
 };

@@ -123,16 +123,30 @@ struct Blocks<6> {
 
 struct Words {
   static constexpr int kCount = 8;
-  __m256i v;
-  static Words broadcast(uint32_t x) { return {_mm256_set1_epi32(int(x))}; }
-  static Words load(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
-  void store(uint32_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  // A vector of numbers, not of bits as __m256i: GCC keeps arrays of those in memory, not in registers.
+  using Vector = int32_t __attribute__((vector_size(32)));
+  Vector v;
+  static Words broadcast(uint32_t x) { return {Vector(_mm256_set1_epi32(int(x)))}; }
+  static Words load(const void* p) { return {Vector(_mm256_loadu_si256(static_cast<const __m256i*>(p)))}; }
+  void store(uint32_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), __m256i(v)); }
 };
-inline Words permute(Words x, Words i) { return {_mm256_permutevar8x32_epi32(x.v, i.v)}; }
-inline Words operator>>(Words x, Words y) { return {_mm256_srlv_epi32(x.v, y.v)}; }
-inline Words operator<<(Words x, Words y) { return {_mm256_sllv_epi32(x.v, y.v)}; }
-inline Words operator|(Words x, Words y) { return {_mm256_or_si256(x.v, y.v)}; }
-inline Words operator&(Words x, Words y) { return {_mm256_and_si256(x.v, y.v)}; }
-inline Words operator*(Words x, Words y) { return {_mm256_mullo_epi32(x.v, y.v)}; }
+inline Words permute(Words x, Words i) {
+  return {Words::Vector(_mm256_permutevar8x32_epi32(__m256i(x.v), __m256i(i.v)))};
+}
+inline Words operator>>(Words x, Words y) { return {Words::Vector(_mm256_srlv_epi32(__m256i(x.v), __m256i(y.v)))}; }
+inline Words operator<<(Words x, Words y) { return {Words::Vector(_mm256_sllv_epi32(__m256i(x.v), __m256i(y.v)))}; }
+inline Words operator|(Words x, Words y) { return {Words::Vector(_mm256_or_si256(__m256i(x.v), __m256i(y.v)))}; }
+inline Words operator&(Words x, Words y) { return {Words::Vector(_mm256_and_si256(__m256i(x.v), __m256i(y.v)))}; }
+inline Words operator*(Words x, Words y) { return {Words::Vector(_mm256_mullo_epi32(__m256i(x.v), __m256i(y.v)))}; }
+
+inline Words to_words(Lanes<8> x) { return {Words::Vector(_mm256_cvtps_epi32(x.v))}; }
+inline Lanes<8> to_lanes(Words x) { return {_mm256_cvtepi32_ps(__m256i(x.v))}; }
+inline Words add_products(Words acc, Words x, Words y) {
+#ifdef __AVXVNNI__
+  return {Words::Vector(_mm256_dpwssd_avx_epi32(__m256i(acc.v), __m256i(x.v), __m256i(y.v)))};
+#else
+  return {Words::Vector(_mm256_add_epi32(__m256i(acc.v), _mm256_madd_epi16(__m256i(x.v), __m256i(y.v))))};
+#endif
+}
 
 #endif

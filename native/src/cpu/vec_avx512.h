@@ -34,17 +34,31 @@ inline float sum(Lanes<16> x) {
 
 struct Words {
   static constexpr int kCount = 16;
-  __m512i v;
-  static Words broadcast(uint32_t x) { return {_mm512_set1_epi32(int(x))}; }
-  static Words load(const void* p) { return {_mm512_loadu_si512(p)}; }
-  void store(uint32_t* p) const { _mm512_storeu_si512(p, v); }
+  // A vector of numbers, not of bits as __m512i: GCC keeps arrays of those in memory, not in registers.
+  using Vector = int32_t __attribute__((vector_size(64)));
+  Vector v;
+  static Words broadcast(uint32_t x) { return {Vector(_mm512_set1_epi32(int(x)))}; }
+  static Words load(const void* p) { return {Vector(_mm512_loadu_si512(p))}; }
+  void store(uint32_t* p) const { _mm512_storeu_si512(p, __m512i(v)); }
 };
-inline Words permute(Words x, Words i) { return {_mm512_permutexvar_epi32(i.v, x.v)}; }
-inline Words operator>>(Words x, Words y) { return {_mm512_srlv_epi32(x.v, y.v)}; }
-inline Words operator<<(Words x, Words y) { return {_mm512_sllv_epi32(x.v, y.v)}; }
-inline Words operator|(Words x, Words y) { return {_mm512_or_si512(x.v, y.v)}; }
-inline Words operator&(Words x, Words y) { return {_mm512_and_si512(x.v, y.v)}; }
-inline Words operator*(Words x, Words y) { return {_mm512_mullo_epi32(x.v, y.v)}; }
+inline Words permute(Words x, Words i) { return {Words::Vector(_mm512_permutexvar_epi32(__m512i(i.v), __m512i(x.v)))}; }
+inline Words operator>>(Words x, Words y) { return {Words::Vector(_mm512_srlv_epi32(__m512i(x.v), __m512i(y.v)))}; }
+inline Words operator<<(Words x, Words y) { return {Words::Vector(_mm512_sllv_epi32(__m512i(x.v), __m512i(y.v)))}; }
+inline Words operator|(Words x, Words y) { return {Words::Vector(_mm512_or_si512(__m512i(x.v), __m512i(y.v)))}; }
+inline Words operator&(Words x, Words y) { return {Words::Vector(_mm512_and_si512(__m512i(x.v), __m512i(y.v)))}; }
+inline Words operator*(Words x, Words y) { return {Words::Vector(_mm512_mullo_epi32(__m512i(x.v), __m512i(y.v)))}; }
+
+// To the nearest whole number; 0x80000000 for NaN.
+inline Words to_words(Lanes<16> x) { return {Words::Vector(_mm512_cvtps_epi32(x.v))}; }
+inline Lanes<16> to_lanes(Words x) { return {_mm512_cvtepi32_ps(__m512i(x.v))}; }
+// acc + the low halves' product + the high halves' product, of signed numbers.
+inline Words add_products(Words acc, Words x, Words y) {
+#ifdef __AVX512VNNI__
+  return {Words::Vector(_mm512_dpwssd_epi32(__m512i(acc.v), __m512i(x.v), __m512i(y.v)))};
+#else
+  return {Words::Vector(_mm512_add_epi32(__m512i(acc.v), _mm512_madd_epi16(__m512i(x.v), __m512i(y.v))))};
+#endif
+}
 
 // Two blocks of 8 or of 6 side by side, or one of 12; see kernels/codebook.h. Six weights are loaded as eight.
 template <int First>

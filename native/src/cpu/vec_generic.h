@@ -144,3 +144,27 @@ inline Words operator&(const Words& x, const Words& y) {
 inline Words operator*(const Words& x, const Words& y) {
   return map(x, y, [](uint32_t p, uint32_t q) { return p * q; });
 }
+
+// To the nearest whole number, halves to even; 0x80000000 for what does not fit and for NaN, as the x86 instruction
+// does.
+inline Words to_words(const Lanes<Words::kCount>& x) {
+  Words r;
+  for (int i = 0; i < Words::kCount; ++i) {
+    const bool fits = x.a[i] >= -0x1p31f && x.a[i] < 0x1p31f;
+    r.a[i] = fits ? uint32_t(int32_t(__builtin_rintf(x.a[i]))) : 0x80000000u;
+  }
+  return r;
+}
+inline Lanes<Words::kCount> to_lanes(const Words& x) {
+  Lanes<Words::kCount> r;
+  for (int i = 0; i < Words::kCount; ++i) r.a[i] = float(int32_t(x.a[i]));
+  return r;
+}
+// acc + the low halves' product + the high halves' product, of signed numbers.
+inline Words add_products(const Words& acc, const Words& x, const Words& y) {
+  Words r;
+  for (int i = 0; i < Words::kCount; ++i)
+    r.a[i] = acc.a[i] + uint32_t(int16_t(x.a[i]) * int16_t(y.a[i])) +
+             uint32_t(int16_t(x.a[i] >> 16) * int16_t(y.a[i] >> 16));
+  return r;
+}

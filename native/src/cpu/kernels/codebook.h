@@ -2,7 +2,8 @@
 //
 // A block is v output rows. A column's v weights in a block are one centroid (plus one residual centroid): v lanes.
 
-constexpr int kTileColumns = 128;  // whose indices are unpacked at a time; a multiple of Words::kCount
+constexpr int kVector = Words::kCount;  // numbers side by side in the processor's vector
+constexpr int kTileColumns = 128;       // whose indices are unpacked at a time; a multiple of Words::kCount
 
 // One block's v lanes. p[0] is where its centroid lies.
 template <int V>

@@ -1,0 +1,142 @@
+// Several tokens' activations and a tile's weights in 16-bit integers. Included inside an anonymous namespace, after
+// vq_tokens.h.
+//
+// x = x_step * whole number, with a step for each token and tile of columns, and w = w_step * whole number, with a step
+// for each codebook. The sums over a tile's columns are exact: no sum of kTileColumns products is past 32 bits.
+
+constexpr int kI16Limit = 4095;  // the largest whole number
+static_assert(int64_t{kI16Limit} * kI16Limit * kTileColumns < int64_t{1} << 31);
+constexpr float kSmallestStep = 1e-30f;  // less counts as nothing
+
+// A token's activations of the columns as round_columns() leaves them: for each group its numbers in pairs, the first
+// in the low half of a word; then for each group and tile the step.
+inline int64_t group_pairs(const VqColumns& c) { return (c.group_size + 1) / 2; }
+inline int64_t group_tiles(const VqColumns& c) { return (c.group_size + kTileColumns - 1) / kTileColumns; }
+
+int64_t i16_size(const VqColumns& c) { return c.n_groups * (group_pairs(c) + group_tiles(c)); }
+
+inline bool has_i16(int v) { return v == 2 || v == 4 || v == 6 || v == 8 || v == 12 || v == 16; }
+
+// The whole numbers nearest to x / step; 0 for NaN.
+inline Words whole_numbers(const float* x, float step) {
+  return to_words(Lanes<kVector>::load(x) * Lanes<kVector>::broadcast(step > kSmallestStep ? 1 / step : 0));
+}
+
+// Pairs of whole numbers, the first in the low half.
+inline Words pairs(Words first, Words second) {
+  return (first & Words::broadcast(0xffff)) | second << Words::broadcast(16);
+}
+
+// One token's x, from the first of the columns on. Where there is NaN or infinity, the step is NaN.
+void round_columns(const VqColumns& c, const float* x, float* words) {
+  using L = Lanes<kVector>;
+  float* steps = words + c.n_groups * group_pairs(c);
+  for (int q = 0; q < c.n_groups; ++q)
+    for (int j0 = 0; j0 < c.group_size; j0 += kTileColumns) {
+      const int n = c.group_size - j0 < kTileColumns ? c.group_size - j0 : kTileColumns;
+      alignas(64) float tile[kTileColumns];
+      __builtin_memset(tile, 0, sizeof(tile));
+      __builtin_memcpy(tile, x + int64_t{q} * c.group_size + j0, size_t(n) * sizeof(float));
+      L largest = L::broadcast(0), nan = L::broadcast(0);
+      for (int j = 0; j < kTileColumns; j += kVector) {
+        const L v = L::load(tile + j);
+        largest = max(largest, max(v, L::broadcast(0) - v));
+        nan = nan + (v - v);
+      }
+      float lanes[kVector], step = 0;
+      largest.store(lanes);
+      for (const float lane : lanes) step = lane > step ? lane : step;
+      step = step / kI16Limit + sum(nan);
+      *steps++ = step;
+      alignas(64) uint32_t whole[kTileColumns];
+      for (int j = 0; j < kTileColumns; j += kVector) whole_numbers(tile + j, step).store(whole + j);
+      float* to = words + q * group_pairs(c) + j0 / 2;
+      for (int j = 0; j < n; j += 2) to[j / 2] = from_bits((whole[j] & 0xffff) | whole[j + 1] << 16);
+    }
+}
+
+struct Magnitudes {
+  float largest, mean_square;
+};
+
+template <class Centroids>
+Magnitudes magnitudes(const std::byte* numbers, int64_t n) {
+  const auto* p = reinterpret_cast<const typename Centroids::Element*>(numbers);
+  using L = Lanes<kVector>;
+  L largest = L::broadcast(0), squares = L::broadcast(0);
+  int64_t i = 0;
+  const auto add = [&](L x) {
+    largest = max(largest, max(x, L::broadcast(0) - x));
+    squares = fma(x, x, squares);
+  };
+  for (; i + kVector <= n; i += kVector, p += kVector) add(Centroids::template load<Block<kVector>>(&p));
+  float lanes[kVector] = {};
+  for (int lane = 0; i < n; ++i, ++lane, ++p) lanes[lane] = sum(Centroids::template load<Block<1>>(&p));
+  add(L::load(lanes));
+  largest.store(lanes);
+  float top = 0;
+  for (const float lane : lanes) top = lane > top ? lane : top;
+  return {top, sum(squares) / float(n)};
+}
+
+// The error of rounding is some step / sqrt(12): with this, 0.17 % of a typical weight at most.
+constexpr float kMostOfTypical = 24;  // times the root mean square that the largest weight may be
+
+float i16_step(const VqColumns& c, int group) {
+  if (!has_i16(c.v)) return 0;
+  const auto of = c.type == DType::f16    ? magnitudes<F16Centroids>
+                  : c.type == DType::bf16 ? magnitudes<Bf16Centroids>
+                                          : magnitudes<F32Centroids>;
+  const int64_t bytes = c.v * (c.type == DType::f32 ? 4 : 2);
+  const Magnitudes main = of(c.centroids + int64_t{group} * c.k * bytes, int64_t{c.k} * c.v);
+  Magnitudes res{0, 0};
+  if (c.r) res = of(c.res_centroids + int64_t{group} * c.r * bytes, int64_t{c.r} * c.v);
+  const float largest = main.largest + res.largest;
+  const float typical = __builtin_sqrtf(main.mean_square + res.mean_square);
+  const float step = largest / kI16Limit;
+  return largest <= kMostOfTypical * typical && step > kSmallestStep ? step : 0;
+}
+
+struct I16Activations {
+  const float* x;  // (n_tokens, stride), a token's words as round_columns() leaves them
+  int64_t stride;
+  const float* w_steps;  // (n_groups)
+
+  I16Activations from(int t) const { return {x + t * stride, stride, w_steps}; }
+
+  template <int Rows, class LookUp>
+  void multiply(const VqColumns& c, int group, int j0, int n, int n_tokens, LookUp look_up, float (*sums)[Rows]) const {
+    constexpr int kLooked = 16;  // columns
+    alignas(64) float looked[kLooked][Rows] = {};
+    alignas(64) uint32_t w[kTileColumns / 2][Rows];
+    for (int j = 0; j < n; j += kLooked) {
+      look_up(j, n - j < kLooked ? n : j + kLooked, looked);
+      for (int i = 0; i < kLooked && j + i < n; i += 2)  // where n is odd, the second x of the last pair is 0
+        for (int row = 0; row < Rows; row += kVector)
+          pairs(whole_numbers(looked[i] + row, w_steps[group]), whole_numbers(looked[i + 1] + row, w_steps[group]))
+              .store(w[(j + i) / 2] + row);
+    }
+    const float* xs = x + group * group_pairs(c) + j0 / 2;
+    const float* steps = x + c.n_groups * group_pairs(c) + group * group_tiles(c) + j0 / kTileColumns;
+    share_registers<Rows>(n_tokens, [&]<int T, int P>(int t0, int row) {
+      Words acc[T][P];
+      for (int t = 0; t < T; ++t)
+        for (int i = 0; i < P; ++i) acc[t][i] = Words::broadcast(0);
+      for (int j = 0; j < (n + 1) / 2; ++j) {
+        Words wj[P];
+        for (int i = 0; i < P; ++i) wj[i] = Words::load(w[j] + row + i * kVector);
+        for (int t = 0; t < T; ++t) {
+          const Words xj = Words::broadcast(to_bits(xs[(t0 + t) * stride + j]));
+          for (int i = 0; i < P; ++i) acc[t][i] = add_products(acc[t][i], xj, wj[i]);
+        }
+      }
+      for (int t = 0; t < T; ++t) {
+        const auto step = Lanes<kVector>::broadcast(steps[(t0 + t) * stride] * w_steps[group]);
+        for (int i = 0; i < P; ++i) {
+          float* sum = sums[t0 + t] + row + i * kVector;
+          fma(to_lanes(acc[t][i]), step, Lanes<kVector>::load(sum)).store(sum);
+        }
+      }
+    });
+  }
+};

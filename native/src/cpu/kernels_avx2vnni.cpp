@@ -1,0 +1,24 @@
+// The kernels for one instruction set; see kernels_table.h.
+#include <immintrin.h>
+
+#include "cpu/kernels.h"
+
+namespace vptq::cpu {
+namespace {
+
+#include "cpu/scalar.h"
+// The order matters from here on.
+// clang-format off
+#include "cpu/vec_compose.h"
+#include "cpu/vec_avx2.h"
+constexpr int kSumVectors = 10, kWeightVectors = 2;  // that fit the registers beside each other
+constexpr bool kI16Pays = true;
+#include "cpu/kernels_table.h"
+// clang-format on
+
+}  // namespace
+
+extern const Kernels kernels_avx2vnni;
+const Kernels kernels_avx2vnni = make_kernels("avx2vnni");
+
+}  // namespace vptq::cpu
