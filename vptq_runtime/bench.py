@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--precision",
         default="auto",
-        help="auto: prompts in 16-bit integers where that is faster; f32: all in float32 (default: %(default)s)",
+        help="auto: prompts in 16-bit integers where that pays; f32: all in float32 (default: %(default)s)",
     )
     synthetic = p.add_argument_group(
         "synthetic models",

@@ -57,8 +57,8 @@ class Runtime:
         which is the default up to 4096. The cache's memory is taken per sequence, when it is needed.
     n_threads: by default one for each physical core.
     kv_type: element type of the KV cache, "f16", "f32", or "q8_0" (half of f16's bytes).
-    precision: "auto" puts the tokens of prompts through the linear layers in 16-bit integers where that is faster
-        (docs/exactness.md says what it changes; generated tokens never), "f32" computes all in float32.
+    precision: "auto" puts prompts (never generated tokens) through the linear layers in 16-bit integers where
+        that is faster; docs/exactness.md says what it changes. "f32": all in float32.
 
     The KV cache of the last single prompt is kept: of a next one that begins like it, only the rest is fed.
 

@@ -204,6 +204,96 @@ def test_a_token_gives_the_same_alone_and_in_a_batch(operations: _native.Operati
     assert np.array_equal(together, np.concatenate(alone))
 
 
+def in_16_bits(tensors: dict[str, Raw], x: NDArray[np.float32]) -> NDArray[np.float64]:
+    """What native/src/cpu/kernels/i16.h says for one codebook without scales or a permutation."""
+    tile_columns, most_w, most_x, most = 128, 16383, (2**31 - 1) // 16383 - 65, 32767
+    centroids = [
+        floats(tensors[name])[0] for name in ("vptq_centroids", "vptq_res_centroids") if name in tensors
+    ]
+    w_step = np.float32(sum(np.float32(np.abs(c).max()) for c in centroids)) / np.float32(most_w)
+    w = _native.Operations.dequantize(tensors, x.shape[1], len(floats(tensors["bias"])))
+    whole_w = np.rint(w / w_step).astype(np.int64)
+    y = np.zeros((len(x), len(w)))
+    for begin in range(0, x.shape[1], tile_columns):
+        tile = x[:, begin : begin + tile_columns]
+        step = np.maximum(np.abs(tile).sum(axis=1) / most_x, np.abs(tile).max(axis=1) / most)[:, None]
+        sums = np.rint(tile / step).astype(np.int64) @ whole_w[:, begin : begin + tile_columns].T
+        assert np.abs(sums).max() < 2**31
+        y += sums * (step * w_step).astype(np.float64)
+    return y + floats(tensors["bias"])
+
+
+@pytest.mark.parametrize("spike", [1, 1000])
+@pytest.mark.parametrize("n_tokens", [1, 5, 131])
+@pytest.mark.parametrize(("v", "k", "r"), [(2, 16, 0), (4, 256, 256), (6, 4096, 0), (8, 65536, 0)])
+def test_linear_in_16_bits(
+    operations: _native.Operations, v: int, k: int, r: int, n_tokens: int, spike: float
+) -> None:
+    rng = np.random.default_rng(v)
+    tensors, n_in = vptq_layer(
+        rng, out=77, v=v, k=k, r=r, group_size=301, perm=False, norm_dim=None, bias=True
+    )
+    x = rng.normal(size=(n_tokens, n_in)).astype(np.float32)
+    x[:, 7] *= spike
+    found = operations.linear(tensors, 77, x, n_tokens)
+    # A number half way between two may be rounded the other way: a step more or less in one of 301 products.
+    assert relative_l2(found, in_16_bits(tensors, x)) < 1e-5
+
+
+# The vector lengths that have a kernel for it.
+ROUNDED = [name for name, layer in VPTQ_LAYERS.items() if layer["v"] in (2, 4, 6, 8, 12, 16)]
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 131])
+@pytest.mark.parametrize("name", ROUNDED)
+def test_16_bits_are_close(operations: _native.Operations, name: str, n_tokens: int) -> None:
+    rng = np.random.default_rng(len(name))
+    tensors, n_in = vptq_layer(rng, **VPTQ_LAYERS[name])
+    x = rng.normal(size=(n_tokens, n_in)).astype(np.float32)
+    out = VPTQ_LAYERS[name]["out"]
+    exact = operations.linear(tensors, out, x).astype(np.float64)
+    found = operations.linear(tensors, out, x, n_tokens)
+    assert 0 < relative_l2(found, exact) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["v8-k65536-256", "v12-k4096-4096-outliers", "v5-k7-3"])
+def test_16_bits_for_some_of_a_batch(operations: _native.Operations, name: str) -> None:
+    rng = np.random.default_rng(5)
+    tensors, n_in = vptq_layer(rng, **VPTQ_LAYERS[name])
+    x = rng.normal(size=(11, n_in)).astype(np.float32)
+    out = VPTQ_LAYERS[name]["out"]
+    y = operations.linear(tensors, out, x, 4)
+    for t in range(11):
+        alone = operations.linear(tensors, out, x[t : t + 1], int(t < 4))
+        assert np.array_equal(alone[0], y[t])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_16_bits_keep_what_is_not_finite(operations: _native.Operations, bad: float) -> None:
+    rng = np.random.default_rng(6)
+    tensors, n_in = vptq_layer(rng, out=64, v=8, k=256, group_size=300)
+    x = rng.normal(size=(3, n_in)).astype(np.float32)
+    x[1, 200] = bad
+    y = operations.linear(tensors, 64, x, 3)
+    assert np.isfinite(y[[0, 2]]).all() and not np.isfinite(y[1]).any()
+
+
+def test_16_bits_of_nothing(operations: _native.Operations) -> None:
+    tensors, n_in = vptq_layer(np.random.default_rng(7), out=16, v=8, k=16, group_size=40, norm_dim=None)
+    for tiny in (0.0, 1e-40):
+        assert not operations.linear(tensors, 16, np.full((2, n_in), tiny, np.float32), 2).any()
+
+
+def test_weights_that_need_more_than_16_bits(operations: _native.Operations) -> None:
+    """One huge centroid: the others would keep few bits, so the layer stays in float32."""
+    tensors, n_in = vptq_layer(np.random.default_rng(8), out=64, v=8, k=4096, group_size=200)
+    centroids = floats(tensors["vptq_centroids"])
+    centroids[0, 0] = 1000
+    tensors["vptq_centroids"] = raw(centroids, "f16")
+    x = np.random.default_rng(9).normal(size=(3, n_in)).astype(np.float32)
+    assert np.array_equal(operations.linear(tensors, 64, x, 3), operations.linear(tensors, 64, x))
+
+
 def test_dequantised_by_hand() -> None:
     """Two blocks of v = 2 over three columns, one of them an outlier column with v0 = 4."""
     tensors = {

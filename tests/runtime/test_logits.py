@@ -23,7 +23,9 @@ N_GROUPS = 4
 GROUPS = [list(CONFIGURATIONS)[n::N_GROUPS] for n in range(N_GROUPS)]
 N_CTX = 1024
 PROMPT_LENGTHS = (5, 33, 85)  # within a sliding window and beyond; one KV block and several; one batch in all
-MAX_KL = {"f32": 1e-6, "f16": 1e-4}  # nats a token, by the KV cache's type
+# Types of the KV cache and precisions, and the most that they may change: KL in nats a token
+EXACT, DEFAULT = ("f32", "f32"), ("f16", "auto")
+MAX_KL = {EXACT: 1e-6, DEFAULT: 1e-4}
 WINDOWED = ("mistral-window", "qwen2-window")
 
 
@@ -33,8 +35,16 @@ class Case:
     reference: Reference
     greedy: list[Greedy]  # one for each of PROMPT_LENGTHS
 
-    def runtime(self, kv_type: str) -> Runtime:
-        return Runtime(self.path, device="cpu", n_ctx=N_CTX, kv_type=kv_type)
+    def runtime(self, numbers: tuple[str, str]) -> Runtime:
+        kv_type, precision = numbers
+        return Runtime(self.path, device="cpu", n_ctx=N_CTX, kv_type=kv_type, precision=precision)
+
+    def exact_context(self) -> _native.Context:
+        kv_type, precision = EXACT
+        model = _native.Model(str(self.path))
+        return _native.Context(
+            model, device="cpu", n_ctx=N_CTX, n_threads=0, kv_type=kv_type, precision=precision
+        )
 
 
 def make_case(directory: Path, architecture: str, group: int) -> Iterator[Case]:
@@ -62,35 +72,35 @@ def one_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     yield from make_case(tmp_path_factory.mktemp("case"), *CASES[request.param])
 
 
-@pytest.mark.parametrize("kv_type", ["f32", "f16"])
-def test_logits_and_greedy_tokens(case: Case, kv_type: str) -> None:
+@pytest.mark.parametrize("numbers", MAX_KL)
+def test_logits_and_greedy_tokens(case: Case, numbers: tuple[str, str]) -> None:
     """KL to transformers in float32; each prompt alone and all in one batch continue as they do there."""
-    with case.runtime(kv_type) as runtime:
+    with case.runtime(numbers) as runtime:
         for greedy in case.greedy:
             tokens = greedy.prompt + greedy.tokens
             logits = runtime.logits(tokens)
             assert logits.dtype == np.float32
-            assert mean_kl(case.reference.logits(tokens), logits) < MAX_KL[kv_type]
+            assert mean_kl(case.reference.logits(tokens), logits) < MAX_KL[numbers]
             alone = runtime.generate(greedy.prompt, max_tokens=32, temperature=0)
             assert alone.tokens == greedy.tokens
         batch = runtime.generate([greedy.prompt for greedy in case.greedy], max_tokens=32, temperature=0)
         assert [generation.tokens for generation in batch] == [greedy.tokens for greedy in case.greedy]
 
 
-@pytest.mark.parametrize("kv_type", ["f32", "f16"])
+@pytest.mark.parametrize("numbers", MAX_KL)
 @pytest.mark.parametrize("isa", _native.cpu_isas())
 def test_every_instruction_set(
-    one_case: Case, isa: str, kv_type: str, monkeypatch: pytest.MonkeyPatch
+    one_case: Case, isa: str, numbers: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VPTQ_CPU_ISA", isa)
     tokens = one_case.greedy[-1].prompt
     reference = one_case.reference.logits(tokens).astype(np.float64)
-    with one_case.runtime(kv_type) as runtime:
+    with one_case.runtime(numbers) as runtime:
         assert isa in runtime.device
         logits = runtime.logits(tokens)
         batch = runtime.generate([greedy.prompt for greedy in one_case.greedy], max_tokens=32, temperature=0)
-    assert mean_kl(reference, logits) < MAX_KL[kv_type]
-    if kv_type == "f32":
+    assert mean_kl(reference, logits) < MAX_KL[numbers]
+    if numbers == EXACT:
         assert np.abs(logits - reference).max() < 1e-4 * np.abs(reference).max()
     assert [generation.tokens for generation in batch] == [greedy.tokens for greedy in one_case.greedy]
 
@@ -98,9 +108,7 @@ def test_every_instruction_set(
 @pytest.mark.parametrize("piece", [1, 7, 64])
 def test_prompt_in_pieces(one_case: Case, piece: int) -> None:
     """Fed piece by piece a prompt gives the logits and tokens that it gives when fed whole."""
-    context = _native.Context(
-        _native.Model(str(one_case.path)), device="cpu", n_ctx=N_CTX, n_threads=0, kv_type="f32"
-    )
+    context = one_case.exact_context()
     longest = one_case.greedy[-1]
     prompt = longest.prompt
     assert sum(PROMPT_LENGTHS) <= context.n_batch
@@ -123,10 +131,33 @@ def test_prompt_in_pieces(one_case: Case, piece: int) -> None:
     assert continuation == longest.tokens
 
 
+def test_in_16_bits_pieces_and_company_change_nothing(one_case: Case) -> None:
+    model = _native.Model(str(one_case.path))
+    context = _native.Context(model, device="cpu", n_ctx=N_CTX, n_threads=2, kv_type="f16", precision="auto")
+    prompt, other = one_case.greedy[-1].prompt, one_case.greedy[-2].prompt
+    whole = context.logits(context.new_sequence(len(prompt)), prompt)
+    sequence = context.new_sequence(len(prompt))
+    pieces = [context.logits(sequence, prompt[a:b]) for a, b in ((0, 1), (1, 34), (34, len(prompt)))]
+    assert np.array_equal(np.concatenate(pieces), whole)
+
+    def fed(company: bool) -> list[np.ndarray]:
+        """Logits behind a sequence that goes on and one that begins, in one batch or one after the other."""
+        sampler = _native.Sampler(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0, seed=0)
+        going, beginning = context.new_sequence(N_CTX), context.new_sequence(N_CTX)
+        context.prefill([going], [prompt[:-1]])
+        if company:
+            context.step([going, beginning], [prompt[-1:], other], [sampler] * 2, [False, True])
+        else:
+            context.step([beginning], [other], [sampler], [True])
+            context.step([going], [prompt[-1:]], [sampler], [False])
+        return [context.logits(sequence, [7]) for sequence in (going, beginning)]
+
+    for together, alone in zip(fed(True), fed(False), strict=True):
+        assert np.array_equal(together, alone)
+
+
 def test_truncated_sequence_continues_as_a_new_one(one_case: Case) -> None:
-    context = _native.Context(
-        _native.Model(str(one_case.path)), device="cpu", n_ctx=N_CTX, n_threads=0, kv_type="f32"
-    )
+    context = one_case.exact_context()
     prompt, other = one_case.greedy[-1].prompt, one_case.greedy[-2].prompt
     sequence = context.new_sequence(len(prompt) + len(other))
     context.prefill([sequence], [prompt])
@@ -143,7 +174,9 @@ def test_prompts_longer_than_a_batch(architecture: str, tmp_path: Path) -> None:
     reference = Reference(source)
     tokens = np.random.default_rng(0).integers(VOCAB_SIZE, size=N_CTX).tolist()
     greedy = [reference.stable_greedy(length) for length in (100, 300)]
-    with Runtime(tmp_path / "model.gguf", device="cpu", n_ctx=N_CTX, kv_type="f32") as runtime:
+    with Runtime(
+        tmp_path / "model.gguf", device="cpu", n_ctx=N_CTX, kv_type="f32", precision="f32"
+    ) as runtime:
         assert mean_kl(reference.logits(tokens), runtime.logits(tokens)) < 1e-6
         batch = runtime.generate([one.prompt for one in greedy], max_tokens=32, temperature=0)
     assert [generation.tokens for generation in batch] == [one.tokens for one in greedy]
@@ -170,7 +203,7 @@ def test_embedding_and_output_in_8_bits(tied: bool, tmp_path: Path) -> None:
         ):
             if name in stored:
                 module.weight.copy_(torch.from_numpy(stored[name]))
-    with Runtime(path, device="cpu", kv_type="f32") as runtime:
+    with Runtime(path, device="cpu", kv_type="f32", precision="f32") as runtime:
         logits = runtime.logits(tokens)
     assert mean_kl(reference.logits(tokens), logits) < 1e-6
     assert mean_kl(unrounded, logits) > 1e-6

@@ -5,8 +5,8 @@
 // room for all scores is needed, however long the context. A row's numbers do not depend on the others: what it does
 // not see has weight 0, and adding 0 changes nothing.
 
-constexpr int kPieceDims = 64;                          // elements of the keys that are floats at a time
-constexpr int kRowsAtOnce = kTokensAtOnce > 4 ? 8 : 2;  // whose sums fit the registers
+constexpr int kPieceDims = 64;  // elements of the keys that are floats at a time
+constexpr int kRowsAtOnce = kSumVectors * kVector >= 8 * kBlock ? 8 : 2;  // whose sums fit the registers
 constexpr int kParts = kBlock / kWidth;
 using Tile = float[kBlock];  // rows of a matrix (n, kBlock)
 

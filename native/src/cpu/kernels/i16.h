@@ -2,10 +2,13 @@
 // vq_tokens.h.
 //
 // x = x_step * whole number, with a step for each token and tile of columns, and w = w_step * whole number, with a step
-// for each codebook. The sums over a tile's columns are exact: no sum of kTileColumns products is past 32 bits.
+// for each codebook. A tile's 32-bit sums of products cannot overflow, as the magnitudes of a tile's x add up to kMostX
+// at most: so they are exact, and the error of an x is at most 0.03 % of the root mean square of its tile, whatever
+// their distribution (step / sqrt(12), the step kTileColumns * rms / kMostX or less).
 
-constexpr int kI16Limit = 4095;  // the largest whole number
-static_assert(int64_t{kI16Limit} * kI16Limit * kTileColumns < int64_t{1} << 31);
+constexpr int kMostW = 16383;                                       // the largest whole number of a weight
+constexpr int kMostX = 0x7fffffff / kMostW - kTileColumns / 2 - 1;  // less what rounding up can add
+constexpr int kI16Most = 32767;
 constexpr float kSmallestStep = 1e-30f;  // less counts as nothing
 
 // A token's activations of the columns as round_columns() leaves them: for each group its numbers in pairs, the first
@@ -17,6 +20,13 @@ int64_t i16_size(const VqColumns& c) { return c.n_groups * (group_pairs(c) + gro
 
 inline bool has_i16(int v) { return v == 2 || v == 4 || v == 6 || v == 8 || v == 12 || v == 16; }
 
+inline float largest_lane(Lanes<kVector> x) {
+  float lanes[kVector], largest = 0;
+  x.store(lanes);
+  for (const float lane : lanes) largest = lane > largest ? lane : largest;
+  return largest;
+}
+
 // The whole numbers nearest to x / step; 0 for NaN.
 inline Words whole_numbers(const float* x, float step) {
   return to_words(Lanes<kVector>::load(x) * Lanes<kVector>::broadcast(step > kSmallestStep ? 1 / step : 0));
@@ -27,7 +37,7 @@ inline Words pairs(Words first, Words second) {
   return (first & Words::broadcast(0xffff)) | second << Words::broadcast(16);
 }
 
-// One token's x, from the first of the columns on. Where there is NaN or infinity, the step is NaN.
+// One token's x, from the first of the columns on. Where there is NaN or infinity, the step is that.
 void round_columns(const VqColumns& c, const float* x, float* words) {
   using L = Lanes<kVector>;
   float* steps = words + c.n_groups * group_pairs(c);
@@ -37,16 +47,14 @@ void round_columns(const VqColumns& c, const float* x, float* words) {
       alignas(64) float tile[kTileColumns];
       __builtin_memset(tile, 0, sizeof(tile));
       __builtin_memcpy(tile, x + int64_t{q} * c.group_size + j0, size_t(n) * sizeof(float));
-      L largest = L::broadcast(0), nan = L::broadcast(0);
+      L largest = L::broadcast(0), total = L::broadcast(0);
       for (int j = 0; j < kTileColumns; j += kVector) {
-        const L v = L::load(tile + j);
-        largest = max(largest, max(v, L::broadcast(0) - v));
-        nan = nan + (v - v);
+        const L v = L::load(tile + j), magnitude = max(v, L::broadcast(0) - v);
+        largest = max(largest, magnitude);
+        total = total + magnitude;
       }
-      float lanes[kVector], step = 0;
-      largest.store(lanes);
-      for (const float lane : lanes) step = lane > step ? lane : step;
-      step = step / kI16Limit + sum(nan);
+      const float by_total = sum(total) / kMostX, by_largest = largest_lane(largest) / kI16Most;
+      const float step = by_largest > by_total ? by_largest : by_total;  // NaN stays, infinity too
       *steps++ = step;
       alignas(64) uint32_t whole[kTileColumns];
       for (int j = 0; j < kTileColumns; j += kVector) whole_numbers(tile + j, step).store(whole + j);
@@ -73,14 +81,11 @@ Magnitudes magnitudes(const std::byte* numbers, int64_t n) {
   float lanes[kVector] = {};
   for (int lane = 0; i < n; ++i, ++lane, ++p) lanes[lane] = sum(Centroids::template load<Block<1>>(&p));
   add(L::load(lanes));
-  largest.store(lanes);
-  float top = 0;
-  for (const float lane : lanes) top = lane > top ? lane : top;
-  return {top, sum(squares) / float(n)};
+  return {largest_lane(largest), sum(squares) / float(n)};
 }
 
-// The error of rounding is some step / sqrt(12): with this, 0.17 % of a typical weight at most.
-constexpr float kMostOfTypical = 24;  // times the root mean square that the largest weight may be
+// With this the error of a weight is at most 0.06 % of a typical one.
+constexpr float kMostOfTypical = 32;  // times the root mean square that the largest weight may be
 
 float i16_step(const VqColumns& c, int group) {
   if (!has_i16(c.v)) return 0;
@@ -93,7 +98,7 @@ float i16_step(const VqColumns& c, int group) {
   if (c.r) res = of(c.res_centroids + int64_t{group} * c.r * bytes, int64_t{c.r} * c.v);
   const float largest = main.largest + res.largest;
   const float typical = __builtin_sqrtf(main.mean_square + res.mean_square);
-  const float step = largest / kI16Limit;
+  const float step = largest / kMostW;
   return largest <= kMostOfTypical * typical && step > kSmallestStep ? step : 0;
 }
 
