@@ -39,10 +39,27 @@ struct Batch {
   std::vector<int32_t> sequences;    // (n) index into first_block
   std::vector<int32_t> first_block;  // (n_sequences)
   std::vector<std::byte*> blocks;
-  std::vector<int32_t> outputs;  // the tokens, by index, whose logits are wanted
+  std::vector<int32_t> outputs;  // the tokens, by index, ascending, whose logits are wanted
   int n_i16 = 0;                 // the first so many tokens: their linear layers may be in 16-bit integers
 
   int n() const { return static_cast<int>(tokens.size()); }
+
+  // Forgets the tokens whose logits are not wanted.
+  void keep_outputs() {
+    int n_i16_kept = 0;
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      const int32_t t = outputs[i];
+      n_i16_kept += t < n_i16;
+      tokens[i] = tokens[t];
+      positions[i] = positions[t];
+      sequences[i] = sequences[t];
+      outputs[i] = static_cast<int32_t>(i);
+    }
+    tokens.resize(outputs.size());
+    positions.resize(outputs.size());
+    sequences.resize(outputs.size());
+    n_i16 = n_i16_kept;
+  }
 };
 
 // A linear layer made ready by a backend.
@@ -92,8 +109,8 @@ class Backend {
   virtual void swiglu(float* gate, const float* up, size_t n) = 0;
   // x += y
   virtual void add(float* x, const float* y, size_t n) = 0;
-  // out[i] = x[batch.outputs[i]], rows of d
-  virtual void select_outputs(const Batch& batch, const float* x, int d, float* out) = 0;
+  // x[i] = x[batch.outputs[i]], rows of d
+  virtual void select_outputs(const Batch& batch, int d, float* x) = 0;
 };
 
 // device: "auto", "cpu" or "cuda". n_threads 0: the physical cores.

@@ -59,11 +59,11 @@ struct Context::State {
     batch.positions.clear();
     batch.sequences.clear();
     batch.outputs.clear();
-    batch.outputs.resize(want == Want::last ? feeds.size() : 0);
+    order.clear();
     check(feeds);
     for (const bool prompt : {true, false}) {
       for (size_t s = 0; s < feeds.size(); ++s)
-        if (feeds[s].prompt == prompt) append(feeds[s], int32_t(s), want);
+        if (feeds[s].prompt == prompt) append(feeds[s], s, want);
       if (prompt) batch.n_i16 = i16 ? batch.n() : 0;
     }
   }
@@ -90,14 +90,14 @@ struct Context::State {
   }
 
   // s: the feed's place
-  void append(const Feed& feed, int32_t s, Want want) {
+  void append(const Feed& feed, size_t s, Want want) {
+    order.push_back(s);
     const int length = cache.length(feed.sequence);
     for (size_t i = 0; i < feed.tokens.size(); ++i) {
-      if (want == Want::all) batch.outputs.push_back(batch.n());
-      if (want == Want::last) batch.outputs[s] = batch.n();
+      if (want == Want::all || (want == Want::last && i + 1 == feed.tokens.size())) batch.outputs.push_back(batch.n());
       batch.tokens.push_back(feed.tokens[i]);
       batch.positions.push_back(length + static_cast<int>(i));
-      batch.sequences.push_back(s);
+      batch.sequences.push_back(static_cast<int>(s));
     }
   }
 
@@ -119,6 +119,7 @@ struct Context::State {
   KvCache cache;
   std::unique_ptr<Transformer> transformer;
   Batch batch;
+  std::vector<size_t> order;       // the feeds' places as they stand in the batch
   std::vector<int> lengths;        // of the sequences at hand, before they are extended
   std::vector<float> step_logits;  // (n_sequences, n_vocab)
 };
@@ -159,7 +160,7 @@ void Context::step(std::span<const Feed> feeds, std::span<Sampler* const> sample
   state_->step_logits.resize(feeds.size() * n_vocab);
   state_->forward(feeds, State::Want::last, state_->step_logits.data());
   for (size_t i = 0; i < feeds.size(); ++i)
-    out[i] = samplers[i]->sample({state_->step_logits.data() + i * n_vocab, n_vocab});
+    out[state_->order[i]] = samplers[state_->order[i]]->sample({state_->step_logits.data() + i * n_vocab, n_vocab});
 }
 
 void Context::logits(const Feed& feed, float* out) { state_->forward({&feed, 1}, State::Want::all, out); }

@@ -38,17 +38,24 @@ Transformer::Transformer(const Model& model, Backend& backend, int max_tokens)
   up_ = activations(h_.n_ff);
 }
 
-void Transformer::forward(const Batch& batch, const KvLayout& layout, float* logits) {
-  const int n = batch.n();
+void Transformer::forward(Batch& batch, const KvLayout& layout, float* logits) {
   Backend& b = backend_;
   b.embed(batch, token_embd_, x_);
   for (int i = 0; i < h_.n_layer; ++i) {
     const Layer& layer = layers_[i];
+    int n = batch.n();
     b.rms_norm(x_, n, h_.n_embd, layer.attn_norm, h_.rms_eps, h1_);
     b.apply({{*layer.attn_q, q_}, {*layer.attn_k, k_}, {*layer.attn_v, v_}}, h1_, n, batch.n_i16);
     b.rope(batch, h_.n_head, h_.head_dim, inv_freq_, q_);
     b.rope(batch, h_.n_head_kv, h_.head_dim, inv_freq_, k_);
     b.store_kv(batch, layout, i, k_, v_);
+    if (i + 1 == h_.n_layer) {  // the other tokens' keys and values were all that was wanted of them
+      b.select_outputs(batch, h_.n_embd, x_);
+      b.select_outputs(batch, h_.n_head * h_.head_dim, q_);
+      batch.keep_outputs();
+      n = batch.n();
+      if (n == 0) return;
+    }
     b.attention(batch, layout, i, h_.n_head, layer.sliding_window, q_, attn_);
     b.apply({{*layer.attn_output, h1_}}, attn_, n, batch.n_i16);
     b.add(x_, h1_, size_t(n) * h_.n_embd);
@@ -59,11 +66,8 @@ void Transformer::forward(const Batch& batch, const KvLayout& layout, float* log
     b.apply({{*layer.ffn_down, h1_}}, gate_, n, batch.n_i16);
     b.add(x_, h1_, size_t(n) * h_.n_embd);
   }
-  const int n_outputs = static_cast<int>(batch.outputs.size());
-  if (n_outputs == 0) return;
-  b.select_outputs(batch, x_, h_.n_embd, h1_);
-  b.rms_norm(h1_, n_outputs, h_.n_embd, output_norm_, h_.rms_eps, x_);
-  b.apply({{*output_, logits}}, x_, n_outputs, 0);
+  b.rms_norm(x_, batch.n(), h_.n_embd, output_norm_, h_.rms_eps, h1_);
+  b.apply({{*output_, logits}}, h1_, batch.n(), 0);
 }
 
 }  // namespace vptq

@@ -13,8 +13,8 @@ class Transformer {
   Transformer(const Model& model, Backend& backend, int max_tokens);
 
   // Stores the batch's keys and values into the cache and puts the logits of batch.outputs into
-  // logits (n_outputs, n_vocab). At most max_tokens tokens.
-  void forward(const Batch& batch, const KvLayout& layout, float* logits);
+  // logits (n_outputs, n_vocab). At most max_tokens tokens; of the batch only the outputs are left.
+  void forward(Batch& batch, const KvLayout& layout, float* logits);
 
  private:
   struct Layer {

@@ -159,9 +159,9 @@ void CpuBackend::swiglu(float* gate, const float* up, size_t n) {
 
 void CpuBackend::add(float* x, const float* y, size_t n) { kernels_.add(x, y, int64_t(n)); }
 
-void CpuBackend::select_outputs(const Batch& batch, const float* x, int d, float* out) {
-  for (size_t i = 0; i < batch.outputs.size(); ++i)
-    std::memcpy(out + i * d, x + size_t(batch.outputs[i]) * d, d * sizeof(float));
+void CpuBackend::select_outputs(const Batch& batch, int d, float* x) {
+  for (size_t i = 0; i < batch.outputs.size(); ++i)  // ascending: none is overwritten before it is moved
+    std::memmove(x + i * d, x + size_t(batch.outputs[i]) * d, d * sizeof(float));
 }
 
 }  // namespace vptq::cpu
