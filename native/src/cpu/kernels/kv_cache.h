@@ -4,18 +4,22 @@
 // What does not fit its type is stored as NaN, infinity too: a score of minus infinity would go unnoticed.
 
 constexpr int kBlock = KvLayout::kBlockTokens;
+constexpr int kParts = kBlock / kWidth;
 
-// A format's functions:
-//   kElementBytes  of one element of all tokens' keys, or values
-//   put_key    writes token s's key (head_dim) to a head's keys
-//   put_value  writes its value to a head's values
-//   keys       elements [d, d + n) of all tokens' keys, d a multiple of kBlock: out[j][s]
-//   value      elements [d, d + kBlock) of token s's value, as far as there are, d a multiple of kBlock
+// A format has
+//   kElementBytes   of one element of all tokens' keys, or values
+//   kWholeBlocks    whether head_dim is a multiple of kBlock
+//   put_key         writes token s's key (head_dim) to a head's keys
+//   put_value       writes its value to a head's values
+//   Keys(keys, d)   the matrix (kBlock, kBlock) of elements d + j of all tokens' keys; d is a multiple of kBlock
+//   Values(values, head_dim, d)  the matrix (kBlock, kBlock) of elements [d, d + kBlock) of token j's value
+// A matrix m gives its floats by m(j, i): part i, of kWidth, of row j.
 
 // Formats whose elements stand for themselves. Keys (head_dim, kBlock), values (kBlock, head_dim).
 template <class T>
 struct PlainCache {
   static constexpr int kElementBytes = kBlock * sizeof(T);
+  static constexpr bool kWholeBlocks = false;
 
   static void put_key(const float* k, int head_dim, int s, std::byte* keys) {
     auto* out = reinterpret_cast<T*>(keys) + s;
@@ -29,18 +33,32 @@ struct PlainCache {
   static void put_value(const float* v, int head_dim, int s, std::byte* values) {
     convert(v, head_dim, reinterpret_cast<T*>(values) + int64_t{s} * head_dim);
   }
-  static void keys(const std::byte* keys, int d, int n, float (*out)[kBlock]) {
-    const auto* from = reinterpret_cast<const T*>(keys) + int64_t{d} * kBlock;
-    for (int j = 0; j < n; ++j)
-      for (int s = 0; s < kBlock; s += kWidth) load<kWidth>(from + j * kBlock + s).store(out[j] + s);
-  }
-  static void value(const std::byte* values, int head_dim, int s, int d, float* out) {
-    const auto* from = reinterpret_cast<const T*>(values) + int64_t{s} * head_dim + d;
-    const int n = head_dim - d < kBlock ? head_dim - d : kBlock;
-    int i = 0;
-    for (; i + kWidth <= n; i += kWidth) load<kWidth>(from + i).store(out + i);
-    for (; i < n; ++i) load<1>(from + i).store(out + i);
-  }
+
+  class Keys {
+   public:
+    Keys(const std::byte* keys, int d) : from_(reinterpret_cast<const T*>(keys) + int64_t{d} * kBlock) {}
+    Row operator()(int j, int i) const { return load<kWidth>(from_ + j * kBlock + i * kWidth); }
+
+   private:
+    const T* from_;
+  };
+
+  class Values {
+   public:
+    Values(const std::byte* values, int head_dim, int d)
+        : from_(reinterpret_cast<const T*>(values) + d), head_dim_(head_dim) {}
+    Row operator()(int s, int i) const { return load<kWidth>(from_ + int64_t{s} * head_dim_ + i * kWidth); }
+    // The first n of a row.
+    void some(int s, int n, float* out) const {
+      int i = 0;
+      for (; i + kWidth <= n; i += kWidth) (*this)(s, i / kWidth).store(out + i);
+      for (; i < n; ++i) load<1>(from_ + int64_t{s} * head_dim_ + i).store(out + i);
+    }
+
+   private:
+    const T* from_;
+    int head_dim_;
+  };
 
  private:
   template <int N>
@@ -63,7 +81,9 @@ struct PlainCache {
 // Q8_0: a token's blocks of kQ8Block elements. Its values are Q8_0 rows; of the keys, the block b of all tokens lies
 // together: kBlock scales, then (kQ8Block, kBlock) int8.
 struct Q8Cache {
+  static_assert(kBlock == kQ8Block);
   static constexpr int kElementBytes = kBlock * kQ8BlockBytes / kQ8Block;
+  static constexpr bool kWholeBlocks = true;
   static constexpr int kKeysBytes = kBlock * kQ8BlockBytes;  // of one block b
   static constexpr int kScalesBytes = 2 * kBlock;
 
@@ -82,23 +102,37 @@ struct Q8Cache {
       __builtin_memcpy(block, &scale, 2);
     }
   }
-  static void keys(const std::byte* keys, int d, int n, float (*out)[kBlock]) {
-    const std::byte* block = keys + d / kQ8Block * kKeysBytes;
-    for (int j = 0; j < n; j += kQ8Block, block += kKeysBytes)
-      for (int s = 0; s < kBlock; s += kWidth) {
-        const Row scale = Row::load_f16(reinterpret_cast<const uint16_t*>(block) + s);
-        const auto* q = reinterpret_cast<const int8_t*>(block + kScalesBytes) + s;
-        for (int i = 0; i < kQ8Block; ++i) (scale * Row::load_i8(q + i * kBlock)).store(out[j + i] + s);
-      }
-  }
-  static void value(const std::byte* values, int head_dim, int s, int d, float* out) {
-    const std::byte* block = values + row_bytes(head_dim) * s + d / kQ8Block * kQ8BlockBytes;
-    uint16_t bits;
-    __builtin_memcpy(&bits, block, 2);
-    const Row scale = Row::broadcast(f16_to_float(bits));
-    const auto* q = reinterpret_cast<const int8_t*>(block + 2);
-    for (int i = 0; i < kQ8Block; i += kWidth) (scale * Row::load_i8(q + i)).store(out + i);
-  }
+
+  class Keys {
+   public:
+    Keys(const std::byte* keys, int d)
+        : q_(reinterpret_cast<const int8_t*>(keys + d / kQ8Block * kKeysBytes + kScalesBytes)) {
+      const auto* scales = reinterpret_cast<const uint16_t*>(keys + d / kQ8Block * kKeysBytes);
+      for (int i = 0; i < kParts; ++i) scales_[i] = Row::load_f16(scales + i * kWidth);
+    }
+    Row operator()(int j, int i) const { return scales_[i] * Row::load_i8(q_ + j * kBlock + i * kWidth); }
+
+   private:
+    Row scales_[kParts];
+    const int8_t* q_;
+  };
+
+  class Values {
+   public:
+    Values(const std::byte* values, int head_dim, int d)
+        : from_(values + d / kQ8Block * kQ8BlockBytes), row_bytes_(row_bytes(head_dim)) {}
+    Row operator()(int s, int i) const {
+      const std::byte* block = from_ + s * row_bytes_;
+      uint16_t scale;
+      __builtin_memcpy(&scale, block, 2);
+      return Row::broadcast(sum(Lanes<1>::load_f16(&scale))) *
+             Row::load_i8(reinterpret_cast<const int8_t*>(block + 2) + i * kWidth);
+    }
+
+   private:
+    const std::byte* from_;
+    int64_t row_bytes_;
+  };
 
  private:
   static int64_t row_bytes(int head_dim) { return int64_t{head_dim} / kQ8Block * kQ8BlockBytes; }
