@@ -428,8 +428,10 @@ def attention_of(
     return found.reshape(q.shape)
 
 
-@pytest.mark.parametrize("window", [0, 1, 20, 33])
-@pytest.mark.parametrize(("n", "n_tokens"), [(1, 1), (1, 32), (3, 33), (100, 100), (2, 131)])
+@pytest.mark.parametrize(
+    ("n", "n_tokens", "window"),
+    [(1, 1, 0), (1, 32, 0), (3, 33, 0), (3, 33, 1), (100, 100, 0), (100, 100, 20), (2, 131, 0), (2, 131, 33)],
+)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
 def test_attention(
