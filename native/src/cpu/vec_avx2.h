@@ -6,6 +6,7 @@
   struct Lanes<N> {                                                                                          \
     __m128 v;                                                                                                \
     static Lanes broadcast(float x) { return {_mm_set1_ps(x)}; }                                             \
+    static Lanes broadcast_f16(const uint16_t* p) { return {_mm_cvtph_ps(_mm_set1_epi16(int16_t(*p)))}; }    \
     static Lanes load(const float* p) { return {_mm_castsi128_ps(load_bytes<4 * N>(p))}; }                   \
     static Lanes load_f16(const uint16_t* p) { return {_mm_cvtph_ps(load_bytes<2 * N>(p))}; }                \
     static Lanes load_bf16(const uint16_t* p) {                                                              \
@@ -44,6 +45,7 @@ template <>
 struct Lanes<8> {
   __m256 v;
   static Lanes broadcast(float x) { return {_mm256_set1_ps(x)}; }
+  static Lanes broadcast_f16(const uint16_t* p) { return {_mm256_cvtph_ps(_mm_set1_epi16(int16_t(*p)))}; }
   static Lanes load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static Lanes load_f16(const uint16_t* p) { return {_mm256_cvtph_ps(load_bytes<16>(p))}; }
   static Lanes load_bf16(const uint16_t* p) { return widen_bf16(load_bytes<16>(p)); }

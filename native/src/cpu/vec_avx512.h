@@ -5,6 +5,7 @@ template <>
 struct Lanes<16> {
   __m512 v;
   static Lanes broadcast(float x) { return {_mm512_set1_ps(x)}; }
+  static Lanes broadcast_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_set1_epi16(int16_t(*p)))}; }
   static Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Lanes load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(load_256(p))}; }
   static Lanes load_bf16(const uint16_t* p) { return widen_bf16(load_256(p)); }

@@ -10,6 +10,7 @@ struct Lanes {
   Lanes<H> hi;
 
   static Lanes broadcast(float x) { return {Lanes<L>::broadcast(x), Lanes<H>::broadcast(x)}; }
+  static Lanes broadcast_f16(const uint16_t* p) { return {Lanes<L>::broadcast_f16(p), Lanes<H>::broadcast_f16(p)}; }
   static Lanes load(const float* p) { return {Lanes<L>::load(p), Lanes<H>::load(p + L)}; }
   static Lanes load_f16(const uint16_t* p) { return {Lanes<L>::load_f16(p), Lanes<H>::load_f16(p + L)}; }
   static Lanes load_bf16(const uint16_t* p) { return {Lanes<L>::load_bf16(p), Lanes<H>::load_bf16(p + L)}; }

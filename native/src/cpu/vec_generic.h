@@ -10,6 +10,7 @@ struct Lanes {
     for (int i = 0; i < N; ++i) r.a[i] = x;
     return r;
   }
+  static Lanes broadcast_f16(const uint16_t* p) { return broadcast(f16_to_float(*p)); }
   static Lanes load(const float* p) {
     Lanes r;
     for (int i = 0; i < N; ++i) r.a[i] = p[i];

@@ -30,10 +30,9 @@ struct Q8Row {
   template <int N>
   static Lanes<N> load(const std::byte* row, int i) {
     const std::byte* block = row + int64_t{i} / kQ8Block * kQ8BlockBytes;
-    uint16_t scale;
-    __builtin_memcpy(&scale, block, 2);
+    const auto* scale = reinterpret_cast<const uint16_t*>(block);
     const auto* q = reinterpret_cast<const int8_t*>(block + 2) + i % kQ8Block;
-    return Lanes<N>::broadcast(sum(Lanes<1>::load_f16(&scale))) * Lanes<N>::load_i8(q);
+    return Lanes<N>::broadcast_f16(scale) * Lanes<N>::load_i8(q);
   }
 };
 
@@ -49,15 +48,30 @@ inline int64_t dense_row_bytes(DType type, int64_t n) {
   return type == DType::q8_0 ? n / kQ8Block * kQ8BlockBytes : n * (type == DType::f32 ? 4 : 2);
 }
 
+// Asks for what lies as far on as the rows that are being read: so many at a time are more than the processor foresees.
+// Inlined by force, as prefetch_indices() is.
+template <int R>
+[[gnu::always_inline]] inline void prefetch_rows(const std::byte* w, int64_t row_bytes, int64_t offset) {
+  for (int r = 0; r < R; ++r) __builtin_prefetch(w + (R + r) * row_bytes + offset);
+}
+
 template <int R, class Weights>
 void dense_token(const std::byte* w, int64_t row_bytes, int in_features, const float* x, float* y) {
   Row acc[R];
   for (auto& a : acc) a = Row::broadcast(0);
   int i = 0;
-  for (; i + kWidth <= in_features; i += kWidth) {
+  const auto add = [&] {
     const Row xi = Row::load(x + i);
     for (int r = 0; r < R; ++r) acc[r] = fma(xi, Weights::template load<kWidth>(w + r * row_bytes, i), acc[r]);
+    i += kWidth;
+  };
+  const int64_t block_bytes = kQ8Block * row_bytes / in_features;
+  while (i + kQ8Block <= in_features) {  // a block at a time, whose scale is loaded once
+    prefetch_rows<R>(w, row_bytes, i / kQ8Block * block_bytes);
+    add();
+    add();
   }
+  while (i + kWidth <= in_features) add();
   for (int r = 0; r < R; ++r) {
     float rest = 0;
     for (int k = i; k < in_features; ++k) rest += x[k] * sum(Weights::template load<1>(w + r * row_bytes, k));
