@@ -48,15 +48,19 @@ inline const uint8_t* index_row(const VqColumns& c, int group, int block) {
   return reinterpret_cast<const uint8_t*>(c.indices) + (int64_t{group} * c.n_blocks + block) * c.row_bytes;
 }
 
-// Asks for the indices that come after columns [j0, j0 + n) of a block: the next tile's, or the first of the block that
-// lies `ahead` blocks on. They come from memory, from so many rows at a time that the processor does not foresee it.
-// Inlined by force: GCC takes a function that only prefetches for one without effect and drops the call.
+constexpr int kTilesAhead = 2;  // one is late: a tile of eight blocks takes less than memory does to answer
+
+// Asks for the indices of the tile that comes kTilesAhead tiles after columns [j0, j0 + n) of a block, in the block
+// that lies `ahead` blocks on where the row ends before. They come from memory, from so many rows at a time that the
+// processor does not foresee it; into L2, as L1 is for the codebook. Inlined by force: GCC takes a function that only
+// prefetches for one without effect and drops the call.
 [[gnu::always_inline]] inline void prefetch_indices(const VqColumns& c, int group, int block, int j0, int n,
                                                     int ahead) {
   const int bits = c.index_bits + c.res_bits;
-  const uint8_t* next = j0 + n < c.group_size ? index_row(c, group, block) + (int64_t{j0} + n) * bits / 8
-                                              : index_row(c, group, block + ahead);
-  for (int i = 0; i < kTileColumns * bits / 8; i += 64) __builtin_prefetch(next + i);
+  const int j = j0 + n + (kTilesAhead - 1) * kTileColumns;
+  const uint8_t* next = j < c.group_size ? index_row(c, group, block) + int64_t{j} * bits / 8
+                                         : index_row(c, group, block + ahead) + int64_t{j - c.group_size} * bits / 8;
+  for (int i = 0; i < kTileColumns * bits / 8; i += 64) __builtin_prefetch(next + i, 0, 2);
 }
 
 // Where one block's centroids of a tile's columns lie, in elements from the codebook's first.
