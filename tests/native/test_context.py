@@ -209,7 +209,8 @@ def test_a_thread_for_each_physical_core(model: _native.Model) -> None:
     cores = {
         tuple(
             (TOPOLOGY.parent.parent / f"cpu{cpu}/topology" / part).read_text()
-            for part in ("physical_package_id", "core_id")
+            for part in ("physical_package_id", "cluster_id", "core_id")
+            if (TOPOLOGY / part).exists()
         )
         for cpu in os.sched_getaffinity(0)
     }

@@ -7,7 +7,6 @@
 #include <set>
 #include <string>
 #include <thread>
-#include <utility>
 
 #if defined(__linux__)
 #include <sched.h>
@@ -33,13 +32,14 @@ int physical_cores() {
 #if defined(__linux__)
   cpu_set_t allowed;
   if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
-    std::set<std::pair<int64_t, int64_t>> cores;  // (package, core): hyperthreads share one
+    // A core is the list of its hyperthreads. Its core_id will not do: on ARM each cluster counts from 0.
+    std::set<std::string> cores;
     for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
       if (!CPU_ISSET(cpu, &allowed)) continue;
-      const std::string topology = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
-      const int64_t core = read_number(topology + "core_id");
-      cores.insert(core < 0 ? std::pair<int64_t, int64_t>{-1, cpu}
-                            : std::pair{read_number(topology + "physical_package_id"), core});
+      const std::string number = std::to_string(cpu);
+      std::ifstream file("/sys/devices/system/cpu/cpu" + number + "/topology/thread_siblings_list");
+      std::string threads;
+      cores.insert(file >> threads ? threads : number);
     }
     if (!cores.empty()) return static_cast<int>(cores.size());
   }
