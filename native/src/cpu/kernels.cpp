@@ -13,6 +13,8 @@ namespace vptq::cpu {
 extern const Kernels kernels_generic;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2, kernels_avx2vnni, kernels_avx512, kernels_avx512vnni;
+#elif defined(__aarch64__)
+extern const Kernels kernels_neon;
 #endif
 
 namespace {
@@ -40,6 +42,8 @@ std::vector<const Kernels*> available() {
   }
   if (avx2 && has_avxvnni()) best_first.push_back(&kernels_avx2vnni);
   if (avx2) best_first.push_back(&kernels_avx2);
+#elif defined(__aarch64__)
+  best_first.push_back(&kernels_neon);  // every such processor has it
 #endif
   best_first.push_back(&kernels_generic);
   return best_first;
