@@ -5,10 +5,12 @@
 
 constexpr int kTokenVectors = 4;  // of sums, that share the loads of x
 
-// R vectors of sums, over n_blocks blocks.
+// R vectors of sums, over n_blocks blocks. Inlined by force: in a loop GCC unrolls all that is done over an array of
+// sums and so keeps it in registers; elsewhere not always, and where it takes instructions for calls that may read any
+// memory (NEON, AVX-512's masks), it then stores the sums in every column.
 template <int R, int V, class Centroids, bool Residual>
-void vq_token_blocks(const VqColumns& c, const float* x, int block, int n_blocks, int row_end, bool accumulate,
-                     float* y) {
+[[gnu::always_inline]] inline void vq_token_blocks(const VqColumns& c, const float* x, int block, int n_blocks,
+                                                   int row_end, bool accumulate, float* y) {
   using B = Blocks<V>;
   using Sums = typename B::Sums;
   constexpr int kBlocks = R * B::kCount;
