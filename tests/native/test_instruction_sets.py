@@ -60,7 +60,7 @@ def logits(isa: str, kv_type: str, monkeypatch: pytest.MonkeyPatch) -> NDArray[n
     """Of the demo model for 24 tokens, 14 of them at once."""
     monkeypatch.setenv("VPTQ_CPU_ISA", isa)
     model = _native.Model(str(demo_path()))
-    context = _native.Context(model, device="cpu", n_ctx=128, n_threads=2, kv_type=kv_type)
+    context = _native.Context(model, device="cpu", n_ctx=128, n_threads=2, kv_type=kv_type, precision="f32")
     assert isa in context.device
     sequence = context.new_sequence(24)
     tokens = np.random.default_rng(0).integers(model.n_vocab, size=24).tolist()

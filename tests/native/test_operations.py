@@ -240,6 +240,22 @@ def test_linear_in_16_bits(
     assert relative_l2(found, in_16_bits(tensors, x)) < 1e-5
 
 
+@pytest.mark.parametrize("n_tokens", [1, 7])
+@pytest.mark.parametrize(
+    ("v", "k", "r"), [(2, 16, 0), (4, 256, 256), (6, 4096, 0), (8, 4096, 16), (12, 64, 0)]
+)
+def test_16_bits_are_the_same_on_every_instruction_set(
+    operations: _native.Operations, v: int, k: int, r: int, n_tokens: int
+) -> None:
+    """One tile, whose largest x decides the step: of whole sums only their product is rounded."""
+    rng = np.random.default_rng(v)
+    tensors, n_in = vptq_layer(rng, out=77, v=v, k=k, r=r, group_size=127, perm=False, norm_dim=None)
+    x = rng.normal(size=(n_tokens, n_in)).astype(np.float32)
+    x[:, 7] = 100
+    expected = _native.Operations("generic", 1).linear(tensors, 77, x, n_tokens)
+    assert np.array_equal(operations.linear(tensors, 77, x, n_tokens), expected)
+
+
 # The vector lengths that have a kernel for it.
 ROUNDED = [name for name, layer in VPTQ_LAYERS.items() if layer["v"] in (2, 4, 6, 8, 12, 16)]
 

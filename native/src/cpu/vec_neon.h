@@ -12,6 +12,7 @@ template <>
 struct Lanes<4> {
   float32x4_t v;
   static Lanes broadcast(float x) { return {vdupq_n_f32(x)}; }
+  static Lanes broadcast_f16(const uint16_t* p) { return broadcast(float(load_as<float16_t>(p))); }
   static Lanes load(const float* p) { return {load_as<float32x4_t>(p)}; }
   static Lanes load_f16(const uint16_t* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(load_as<uint16x4_t>(p)))}; }
   static Lanes load_bf16(const uint16_t* p) { return {vreinterpretq_f32_u32(vshll_n_u16(load_as<uint16x4_t>(p), 16))}; }
@@ -44,6 +45,7 @@ template <>
 struct Lanes<2> {
   float32x2_t v;
   static Lanes broadcast(float x) { return {vdup_n_f32(x)}; }
+  static Lanes broadcast_f16(const uint16_t* p) { return broadcast(float(load_as<float16_t>(p))); }
   static Lanes load(const float* p) { return {load_as<float32x2_t>(p)}; }
   static Lanes load_f16(const uint16_t* p) {
     return {vget_low_f32(vcvt_f32_f16(vreinterpret_f16_u16(vcreate_u16(load_as<uint32_t>(p)))))};
@@ -63,6 +65,7 @@ template <>
 struct Lanes<1> {
   float v;
   static Lanes broadcast(float x) { return {x}; }
+  static Lanes broadcast_f16(const uint16_t* p) { return broadcast(float(load_as<float16_t>(p))); }
   static Lanes load(const float* p) { return {*p}; }
   static Lanes load_f16(const uint16_t* p) { return {float(load_as<float16_t>(p))}; }
   static Lanes load_bf16(const uint16_t* p) { return {from_bits(uint32_t(*p) << 16)}; }
@@ -148,3 +151,22 @@ inline Words operator<<(Words x, Words y) {
 inline Words operator|(Words x, Words y) { return {x.lo | y.lo, x.hi | y.hi}; }
 inline Words operator&(Words x, Words y) { return {x.lo & y.lo, x.hi & y.hi}; }
 inline Words operator*(Words x, Words y) { return {x.lo * y.lo, x.hi * y.hi}; }
+
+inline uint32x4_t to_words(float32x4_t x) {
+  const uint32x4_t fits = vcaltq_f32(x, vdupq_n_f32(0x1p31f));
+  return vbslq_u32(fits, vreinterpretq_u32_s32(vcvtnq_s32_f32(x)), vdupq_n_u32(0x80000000));
+}
+inline Words to_words(Lanes<8> x) { return {to_words(x.lo.v), to_words(x.hi.v)}; }
+inline Lanes<8> to_lanes(Words x) {
+  return {{vcvtq_f32_s32(vreinterpretq_s32_u32(x.lo))}, {vcvtq_f32_s32(vreinterpretq_s32_u32(x.hi))}};
+}
+// The halves are taken apart here: for x and y that serve several sums the compiler does it once.
+inline uint32x4_t add_products(uint32x4_t acc, uint32x4_t x, uint32x4_t y) {
+  const auto low = [](uint32x4_t words) { return vreinterpret_s16_u16(vmovn_u32(words)); };
+  const auto high = [](uint32x4_t words) { return vreinterpret_s16_u16(vshrn_n_u32(words, 16)); };
+  const int32x4_t with_low = vmlal_s16(vreinterpretq_s32_u32(acc), low(x), low(y));
+  return vreinterpretq_u32_s32(vmlal_s16(with_low, high(x), high(y)));
+}
+inline Words add_products(Words acc, Words x, Words y) {
+  return {add_products(acc.lo, x.lo, y.lo), add_products(acc.hi, x.hi, y.hi)};
+}
