@@ -15,9 +15,10 @@ struct Tile {
 };
 
 // sums[r][sums_first + c] += sum_j x[r][x_first + j] w[j][c], for T rows r, j in [begin, end) and the kBlock columns c
+// Inlined by force for the reason that vq_token_blocks has.
 template <int T, class Matrix>
-void multiply_add(const float* const* x, int x_first, const Matrix& w, int begin, int end, float* const* sums,
-                  int sums_first) {
+[[gnu::always_inline]] inline void multiply_add(const float* const* x, int x_first, const Matrix& w, int begin, int end,
+                                                float* const* sums, int sums_first) {
   Row acc[T][kParts];
   for (int r = 0; r < T; ++r)
     for (int i = 0; i < kParts; ++i) acc[r][i] = Row::load(sums[r] + sums_first + i * kWidth);
