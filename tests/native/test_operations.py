@@ -124,7 +124,7 @@ VPTQ_LAYERS = {
 }
 
 
-@pytest.mark.parametrize("n_tokens", [1, 2, 5, 131])
+@pytest.mark.parametrize("n_tokens", [1, 3, 4, 7, 10, 131])
 @pytest.mark.parametrize("name", VPTQ_LAYERS)
 def test_vptq_linear(operations: _native.Operations, name: str, n_tokens: int) -> None:
     rng = np.random.default_rng(len(name))
@@ -198,10 +198,11 @@ def test_each_repetition_is_timed(operations: _native.Operations) -> None:
 def test_a_token_gives_the_same_alone_and_in_a_batch(operations: _native.Operations, name: str) -> None:
     rng = np.random.default_rng(0)
     tensors, n_in = vptq_layer(rng, **VPTQ_LAYERS[name])
-    x = rng.normal(size=(7, n_in)).astype(np.float32)
-    together = operations.linear(tensors, VPTQ_LAYERS[name]["out"], x)
+    x = rng.normal(size=(12, n_in)).astype(np.float32)
     alone = [operations.linear(tensors, VPTQ_LAYERS[name]["out"], row[None]) for row in x]
-    assert np.array_equal(together, np.concatenate(alone))
+    for n in (2, 3, 4, 5, 8, 9, 12):
+        together = operations.linear(tensors, VPTQ_LAYERS[name]["out"], x[:n])
+        assert np.array_equal(together, np.concatenate(alone[:n]))
 
 
 def in_16_bits(tensors: dict[str, Raw], x: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -1,5 +1,5 @@
 // Several tokens' activations and a tile's weights in 16-bit integers. Included inside an anonymous namespace, after
-// vq_tokens.h.
+// vq_many.h.
 //
 // x = x_step * whole number, with a step for each token and tile of columns, and w = w_step * whole number, with a step
 // for each codebook. A tile's 32-bit sums of products cannot overflow, as the magnitudes of a tile's x add up to kMostX

@@ -1,16 +1,26 @@
 // Columns of a vector-quantised matrix times activations: which kernel. Included inside an anonymous namespace, last of
 // those that it needs.
 //
-// Each weight is looked up, then added as x * w to its row's sum, column by column: for one token straight from the
-// codebook (vq_token.h), for several from a tile of weights looked up once (vq_tokens.h).
+// Each weight is looked up, then added as x * w to its row's sum, column by column: for a few tokens straight from the
+// codebook (vq_few.h), for many from a tile of weights looked up once (vq_many.h). Either way the same operations in
+// the same order.
+
+constexpr int kMostFew = 2 * kFewTokens;  // tokens: looking up twice is faster than a tile
 
 template <int V, class Centroids, bool Residual>
 void vq_rows(const VqColumns& c, const float* x, int64_t x_stride, int n_tokens, int row_begin, int row_end,
              bool accumulate, float* y, int64_t y_stride) {
   const int first_block = row_begin / V, end_block = (row_end + V - 1) / V;
-  if (n_tokens == 1) return vq_token<V, Centroids, Residual>(c, x, first_block, end_block, row_end, accumulate, y);
-  vq_tokens<F32Activations, V, Centroids, Residual>(c, {x + c.first_column, x_stride}, n_tokens, first_block, end_block,
-                                                    row_end, accumulate, y, y_stride);
+  if (n_tokens <= kMostFew) {
+    const int first = n_tokens <= kFewTokens ? n_tokens : (n_tokens + 1) / 2;
+    for (int t = 0; t < n_tokens; t += first)
+      vq_few<V, Centroids, Residual>(c, x + c.first_column + t * x_stride, x_stride,
+                                     n_tokens - t < first ? n_tokens - t : first, first_block, end_block, row_end,
+                                     accumulate, y + t * y_stride, y_stride);
+    return;
+  }
+  vq_many<F32Activations, V, Centroids, Residual>(c, {x + c.first_column, x_stride}, n_tokens, first_block, end_block,
+                                                  row_end, accumulate, y, y_stride);
 }
 
 // Any vector length, one weight at a time.
@@ -81,9 +91,9 @@ void vq_i16_of(const VqColumns& c, const I16Activations& x, int n_tokens, int ro
   };
   using X = I16Activations;
   switch (c.type) {
-    case DType::f16: return run(c.r ? vq_tokens<X, V, F16Centroids, true> : vq_tokens<X, V, F16Centroids, false>);
-    case DType::bf16: return run(c.r ? vq_tokens<X, V, Bf16Centroids, true> : vq_tokens<X, V, Bf16Centroids, false>);
-    default: return run(c.r ? vq_tokens<X, V, F32Centroids, true> : vq_tokens<X, V, F32Centroids, false>);
+    case DType::f16: return run(c.r ? vq_many<X, V, F16Centroids, true> : vq_many<X, V, F16Centroids, false>);
+    case DType::bf16: return run(c.r ? vq_many<X, V, Bf16Centroids, true> : vq_many<X, V, Bf16Centroids, false>);
+    default: return run(c.r ? vq_many<X, V, F32Centroids, true> : vq_many<X, V, F32Centroids, false>);
   }
 }
 

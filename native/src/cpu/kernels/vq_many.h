@@ -2,7 +2,7 @@
 // codebook.h.
 //
 // The weights of a tile, kTileColumns columns of some blocks, are looked up once and multiplied with all tokens: in
-// float32, by the same operations in the same order as in vq_token.h, or in 16-bit integers, as i16.h has it.
+// float32, or in 16-bit integers, as i16.h has it.
 
 constexpr int kTileTokens = 128;  // whose sums are kept while a tile is there
 
@@ -35,9 +35,18 @@ struct F32Activations {
   // sums[t][row] += sum_j x[t][group begin + j0 + j] w[j][row] over n columns
   template <int Rows, class LookUp>
   void multiply(const VqColumns& c, int group, int j0, int n, int n_tokens, LookUp look_up, float (*sums)[Rows]) const {
-    alignas(64) float tile[kTileColumns][Rows];
-    look_up(0, n, tile);
-    const float* xs = x + int64_t{group} * c.group_size + j0;
+    constexpr int kLooked = 32;  // columns
+    alignas(64) float tile[kLooked][Rows];
+    for (int j = 0; j < n; j += kLooked) {
+      const int looked = n - j < kLooked ? n - j : kLooked;
+      look_up(j, j + looked, tile);
+      add_products<Rows>(x + int64_t{group} * c.group_size + j0 + j, looked, n_tokens, tile, sums);
+    }
+  }
+
+ private:
+  template <int Rows>
+  void add_products(const float* xs, int n, int n_tokens, const float (*tile)[Rows], float (*sums)[Rows]) const {
     share_registers<Rows>(n_tokens, [&]<int T, int P>(int t0, int row) {
       using L = Lanes<kVector>;
       L acc[T][P];
@@ -95,8 +104,8 @@ void vq_tile_rows(const VqColumns& c, const X& x, int n_tokens, int block, int n
 }
 
 template <class X, int V, class Centroids, bool Residual>
-void vq_tokens(const VqColumns& c, const X& x, int n_tokens, int first_block, int end_block, int row_end,
-               bool accumulate, float* y, int64_t y_stride) {
+void vq_many(const VqColumns& c, const X& x, int n_tokens, int first_block, int end_block, int row_end, bool accumulate,
+             float* y, int64_t y_stride) {
   for (int t = 0; t < n_tokens; t += kTileTokens) {
     const int tokens = n_tokens - t < kTileTokens ? n_tokens - t : kTileTokens;
     for (int block = first_block; block < end_block; block += tile_blocks(V)) {

@@ -1,0 +1,68 @@
+// Columns of a vector-quantised matrix times one token's activations, or those of a few. Included inside an anonymous
+// namespace, after codebook.h.
+//
+// The weights go from the codebook to the sums through registers, column by column.
+
+constexpr int kFewVectors = 4;  // of sums a token, that share the loads of x
+constexpr int kFewTokens = kSumVectors >= 4 * kFewVectors ? 4 : kSumVectors / kFewVectors;  // that share a lookup
+
+// T tokens, R vectors of sums each, over n_blocks blocks. Inlined by force: in a loop GCC unrolls all that is done over
+// an array of sums and so keeps it in registers; elsewhere not always, and where it takes instructions for calls that
+// may read any memory (NEON, AVX-512's masks), it then stores the sums in every column.
+template <int T, int R, int V, class Centroids, bool Residual>
+[[gnu::always_inline]] inline void vq_few_blocks(const VqColumns& c, const float* x, int64_t x_stride, int block,
+                                                 int n_blocks, int row_end, bool accumulate, float* y,
+                                                 int64_t y_stride) {
+  using B = Blocks<V>;
+  using Sums = typename B::Sums;
+  constexpr int kBlocks = R * B::kCount;
+  Offsets<Residual> offsets[kBlocks];
+  const Unpacker unpack(c.index_bits + c.res_bits);
+  Sums acc[T][R];
+  for (auto& sums : acc)
+    for (auto& a : sums) a = Sums::broadcast(0);
+  for (int q = 0; q < c.n_groups; ++q) {
+    const Codebook<V, Centroids, Residual> codebook(c, q);
+    const float* xq = x + int64_t{q} * c.group_size;
+    for (int j0 = 0; j0 < c.group_size; j0 += kTileColumns) {
+      const int n = c.group_size - j0 < kTileColumns ? c.group_size - j0 : kTileColumns;
+      for (int b = 0; b < kBlocks; ++b) {
+        const int there = block + (b < n_blocks ? b : n_blocks - 1);  // the last one again, where there are not so many
+        codebook.find(unpack, index_row(c, q, there), c.row_bytes, j0, n, offsets[b]);
+        prefetch_indices(c, q, there, j0, n, kBlocks);
+      }
+      for (int j = 0; j < n; ++j) {
+        Sums xj[T];
+        for (int t = 0; t < T; ++t) xj[t] = Sums::broadcast(xq[t * x_stride + j0 + j]);
+        for (int i = 0; i < R; ++i) {
+          const Sums w = codebook.template look_up<B>(offsets + i * B::kCount, j);
+          for (int t = 0; t < T; ++t) acc[t][i] = fma(xj[t], w, acc[t][i]);
+        }
+      }
+    }
+  }
+  for (int t = 0; t < T; ++t) {
+    float sums[kBlocks * B::kStride];
+    for (int i = 0; i < R; ++i) acc[t][i].store(sums + i * B::kCount * B::kStride);
+    for (int b = 0; b < n_blocks; ++b)
+      put<V>(sums + b * B::kStride + B::kFirst, block + b, row_end, accumulate, y + t * y_stride);
+  }
+}
+
+// x (n_tokens, x_stride), from the first of the columns on; at most kFewTokens tokens.
+template <int V, class Centroids, bool Residual, int T = kFewTokens>
+void vq_few(const VqColumns& c, const float* x, int64_t x_stride, int n_tokens, int block, int end_block, int row_end,
+            bool accumulate, float* y, int64_t y_stride) {
+  if constexpr (T > 1)
+    if (n_tokens < T)
+      return vq_few<V, Centroids, Residual, T - 1>(c, x, x_stride, n_tokens, block, end_block, row_end, accumulate, y,
+                                                   y_stride);
+  constexpr int kOne = Blocks<V>::kCount, kAll = kFewVectors * kOne;
+  for (; block + kAll <= end_block; block += kAll)
+    vq_few_blocks<T, kFewVectors, V, Centroids, Residual>(c, x, x_stride, block, kAll, row_end, accumulate, y,
+                                                          y_stride);
+  for (; block < end_block; block += kOne) {
+    const int n = end_block - block < kOne ? end_block - block : kOne;
+    vq_few_blocks<T, 1, V, Centroids, Residual>(c, x, x_stride, block, n, row_end, accumulate, y, y_stride);
+  }
+}
