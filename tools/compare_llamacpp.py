@@ -9,7 +9,7 @@ runtime what `vptq-bench --synthetic` runs. They take turns, each time as a new 
 the machine falls on both; other work on it need not, so let there be none. Printed are the medians of the
 rounds (smallest to largest) and the ratio of the medians.
 
-`--layers N` runs N layers on both sides and multiplies their time, as vptq-bench does.
+`--layers N` runs N layers on both sides, and extrapolates as vptq-bench does.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any
 from random_gguf import SCALES, random_tensors, write_random
 
 from vptq_runtime import command
+from vptq_runtime.bench import MIN_LAYERS
 from vptq_runtime.bench_report import print_table
 from vptq_runtime.errors import OutOfMemoryError, VPTQError
 from vptq_runtime.generation import check_int
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-t", "--threads", metavar="N", type=int, default=2)
     parser.add_argument("--rounds", metavar="N", type=int, default=3)
     parser.add_argument(
-        "--layers", metavar="N", type=int, help="run N layers and extrapolate (default: run all)"
+        "--layers", metavar="N", type=int, help="run N layers, at least 2, and extrapolate (default: run all)"
     )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--md", action="store_true", help="print Markdown")
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(arguments: argparse.Namespace) -> None:
     shape = SHAPES[arguments.shape]
     n_layer = shape.n_layer if arguments.layers is None else arguments.layers
-    check_int("--layers", n_layer, 1, shape.n_layer)
+    check_int("--layers", n_layer, MIN_LAYERS, shape.n_layer)
     for option in ("n_prompt", "n_gen", "threads", "rounds"):
         check_int(f"--{option.replace('_', '-')}", getattr(arguments, option), 1, 1 << 20)
     quants = [Quant.parse(quant) for quant in arguments.quants.split(",")]
@@ -154,10 +155,8 @@ def run_llamacpp(
         for kind, each in found.pop("seconds").items()
     }
     # llama.cpp leaves out the last layer's feed-forward matrices for tokens that need no logits.
-    weights = {linear: rows * columns for linear, (rows, columns) in shape.linears.items()}
-    left_out = sum(n for linear, n in weights.items() if linear.startswith("ffn_")) / sum(weights.values())
-    measured = Measured("llama.cpp", 512, 0.0, seconds)
-    measured = extrapolated(measured, n_layer - left_out, shape.n_layer - left_out)
+    left_out = shape.share(("ffn_gate", "ffn_up", "ffn_down"))
+    measured = extrapolated(Measured("llama.cpp", 512, 0.0, seconds), n_layer, shape.n_layer, left_out)
     return {test.name: test.n_tokens / each[0] for test, each in measured.seconds.items()}, found
 
 

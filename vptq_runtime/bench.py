@@ -21,14 +21,18 @@ if TYPE_CHECKING:
 
 DENSE_TYPES = ("auto", "f16", "q8_0")
 DEFAULT_QUANT = "v8-k65536-256"
+MIN_LAYERS = 2  # to extrapolate from: of the last one a prompt runs only a part
 # What is said of a model, what its tests took, and how many layers were measured if not all.
 Outcome = tuple["ModelFacts", "Measured", "int | None"]
 
 EPILOG = """\
-Prompt (pp512) and decoding (tg128) start from an empty context. Bytes a token are those that a test has to
-read at least: every weight once for each batch of tokens, the output matrix (in decoding), a row of the
-embedding, and keys and values up to there. They, times tok/s, are the share of the memory bandwidth, which is
-measured as what numpy reads with as many threads.
+Prompt (pp512, no logits computed) and decoding (tg128) start from an empty context. Bytes a token are those
+that a test has to read at least: the layers' weights once for each batch of tokens, the output matrix (in
+decoding), a row of the embedding, and keys and values up to there. They, times tok/s, are the share of the
+memory bandwidth, which is measured as what numpy reads with as many threads.
+
+Of the last layer a prompt runs only q, k and v. So --layers N counts the layers that a prompt runs as N - 1
+and the share of a layer's weights that these three have.
 
   vptq-bench -m model.gguf -p 512 -n 128 -t 1,2
   vptq-bench --synthetic llama-3.1-8b --quant v8-k65536-256 --output-type q8_0
@@ -83,8 +87,8 @@ def parser() -> argparse.ArgumentParser:
         "--layers",
         metavar="N",
         type=int,
-        help="measure N layers and extrapolate to all, where the whole does not fit or takes too long "
-        "(N such that they do not stay in the caches)",
+        help="measure N layers, at least 2, and extrapolate to all, where the whole does not fit or takes "
+        "too long (N such that they do not stay in the caches)",
     )
     for name in ("embedding", "output"):
         synthetic.add_argument(
@@ -185,7 +189,7 @@ def _run_file(arguments: argparse.Namespace, tests: list[SpeedTest]) -> Outcome:
 
 def _run_synthetic(arguments: argparse.Namespace, tests: list[SpeedTest]) -> Outcome:
     from vptq_runtime.generation import check_int
-    from vptq_runtime.speed import extrapolated, measure, open_model
+    from vptq_runtime.speed import LAST_FOR_ALL, extrapolated, measure, open_model
     from vptq_runtime.synthetic import Quant, SyntheticModel
 
     shape = find_shape(arguments.synthetic)
@@ -197,16 +201,18 @@ def _run_synthetic(arguments: argparse.Namespace, tests: list[SpeedTest]) -> Out
         output_type=_dense_type(arguments.output_type),
     )
     n_layer = shape.n_layer if arguments.layers is None else arguments.layers
-    check_int("--layers", n_layer, 1, shape.n_layer)
+    check_int("--layers", n_layer, MIN_LAYERS, shape.n_layer)
     model.facts(n_layer, arguments.kv_type).check_memory(_n_ctx(tests), hint="--layers N measures N of them")
 
     facts, partial = model.facts(shape.n_layer, arguments.kv_type), n_layer < shape.n_layer
     if partial:
-        tests = tests + [replace(test, kind="layers") for test in tests if test.kind == "tg"]
+        kinds = {"pp": ("pp",), "tg": ("tg", "layers")}
+        tests = [replace(test, kind=kind) for test in tests for kind in kinds[test.kind]]
     with model.file(n_layer) as path:
         measured = measure(*open_model(path), tests, **_options(arguments))
     if partial:
-        return facts, extrapolated(measured, n_layer, shape.n_layer), n_layer
+        left_out = 1 - shape.share(LAST_FOR_ALL)
+        return facts, extrapolated(measured, n_layer, shape.n_layer, left_out), n_layer
     return facts, measured, None
 
 

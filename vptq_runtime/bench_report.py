@@ -28,7 +28,7 @@ def print_report(report: dict[str, Any], *, markdown: bool) -> None:
     headings = HEADINGS
     if report["model"]["layers_measured"] is not None:
         headings = {name.replace("tok/s", "tok/s (extrapolated)"): side for name, side in HEADINGS.items()}
-    print(*_system(report["system"]), "", sep="\n")
+    print(*_system(report["system"], report["model"]["precision"]), "", sep="\n")
     print_table(headings, _rows(report), markdown=markdown)
     print("", *_notes(report), sep="\n")
 
@@ -49,14 +49,15 @@ def print_table(headings: Mapping[str, str], rows: Sequence[Sequence[str]], *, m
     Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table)
 
 
-def _system(system: dict[str, Any]) -> list[str]:
+def _system(system: dict[str, Any], precision: str) -> list[str]:
     rates = ", ".join(
         f"{rate / 1e9:.1f} GB/s with {n} thread{'s' * (n != '1')}"
         for n, rate in system["read_bandwidth"].items()
     )
     memory = f"{_size(system['memory_bytes'])} memory, {_size(system['available_bytes'])} available"
     return [
-        f"{system['cpu']}, cores: {system['cores']}, {memory}; runs on {system['device']}",
+        f"{system['cpu']}, cores: {system['cores']}, {memory}; runs on {system['device']}, "
+        f"precision {precision}",
         f"memory bandwidth: {rates} ({system['read_bandwidth_method']})",
     ]
 
@@ -88,8 +89,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
     available = report["system"]["available_bytes"]
     fits = "fits" if model["memory_bytes"] <= available else "does not fit"
     return [
-        f"Extrapolated: of {n_layer} layers {n_measured} ran, and their time was multiplied by "
-        f"{n_layer} / {n_measured}.",
+        f"Extrapolated: of {n_layer} layers {n_measured} ran, and the others are taken to be as fast.",
         f"The whole model with this context needs {_size(model['memory_bytes'])} and {fits} into the "
         f"{_size(available)} available. What ran: {load}.",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vptq_runtime.errors import OptionError
@@ -36,6 +37,11 @@ class Shape:
             "ffn_up": (self.n_ff, self.n_embd),
             "ffn_down": (self.n_embd, self.n_ff),
         }
+
+    def share(self, linears: Iterable[str]) -> float:
+        """Of a block's weights, those that are in these linear layers."""
+        weights = {linear: rows * columns for linear, (rows, columns) in self.linears.items()}
+        return sum(weights[linear] for linear in linears) / sum(weights.values())
 
 
 SHAPES = {

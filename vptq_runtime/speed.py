@@ -15,6 +15,9 @@ from vptq_runtime import _native
 from vptq_runtime.errors import OutOfMemoryError
 
 REST_BYTES = 150 << 20  # the interpreter, its libraries, the activations
+# What every token needs of the last layer, for its keys and values; the rest of it is for those whose logits
+# are wanted.
+LAST_FOR_ALL = ("attn_q", "attn_k", "attn_v")
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, "seed": 0}
 
 Status = Callable[[str], AbstractContextManager[object]]  # says what is being done as long as it lasts
@@ -22,8 +25,8 @@ Status = Callable[[str], AbstractContextManager[object]]  # says what is being d
 
 @dataclass(frozen=True)
 class SpeedTest:
-    """pp512: a prompt of 512 tokens; tg128: 128 tokens decoded one by one; layers128: as tg128, but without
-    the output matrix. All from an empty context."""
+    """pp512: a prompt of 512 tokens, without logits; tg128: 128 tokens decoded one by one; layers128: as
+    tg128, but without logits. All from an empty context."""
 
     kind: str
     n_tokens: int
@@ -49,6 +52,7 @@ class ModelFacts:
     n_layer: int
     model_bytes: int
     layers_bytes: int  # the weights of all layers
+    prompt_bytes: int  # those of them that tokens without logits go through
     output_bytes: int  # the output matrix, or the embedding where it is tied to that
     embedding_row_bytes: int
     kv_bytes: int  # keys and values of one token
@@ -68,13 +72,15 @@ class ModelFacts:
         def total(prefix: str) -> int:
             return sum(n for tensor, n in tensor_bytes.items() if tensor.startswith(prefix))
 
-        embedding = total("token_embd.")
+        embedding, last = total("token_embd."), f"blk.{n_layer - 1}."
+        needed = sum(total(f"{last}{name}.") for name in ("attn_norm", *LAST_FOR_ALL))
         return cls(
             name=name,
             quant=quant,
             n_layer=n_layer,
             model_bytes=model_bytes,
             layers_bytes=total("blk."),
+            prompt_bytes=total("blk.") - total(last) + needed,
             output_bytes=total("output.") or embedding,
             embedding_row_bytes=embedding // n_vocab,
             kv_bytes=kv_bytes,
@@ -116,9 +122,12 @@ class ModelFacts:
 
     def bytes_per_token(self, test: SpeedTest, n_batch: int) -> float:
         """That a test has to read at least: once for each call the layers' weights, in decoding the output's,
-        too, and the keys and values up to there; and each token's row of the embedding."""
-        weights = self.layers_bytes + (self.output_bytes if test.kind == "tg" else 0)
-        read = sum(weights + self.kv_bytes * end for _, end in test.calls(n_batch))
+        too, and the keys and values up to there (a prompt's last layer has no use for them); and each
+        token's row of the embedding."""
+        weights, kv = self.layers_bytes + self.output_bytes, self.kv_bytes
+        if test.kind == "pp":
+            weights, kv = self.prompt_bytes, self.kv_bytes // self.n_layer * (self.n_layer - 1)
+        read = sum(weights + kv * end for _, end in test.calls(n_batch))
         return read / test.n_tokens + self.embedding_row_bytes
 
 
@@ -154,32 +163,45 @@ def measure(
     repetitions: int,
     status: Status,
 ) -> Measured:
-    """Runs each test once for warming up, a batch of it, and `repetitions` times."""
+    """Runs each test once for warming up, a batch of it, and `repetitions` times.
+
+    The "layers" tests always in f32: what they feed is a prompt only to the runtime, and stands for tokens
+    that are generated.
+    """
     n_ctx = max(test.n_tokens for test in tests)
     load_s = 0.0
     seconds: dict[SpeedTest, list[float]] = {}
-    for n_threads in dict.fromkeys(test.threads for test in tests):
+    groups: dict[tuple[int, str], list[SpeedTest]] = {}
+    for test in tests:
+        test_precision = "f32" if test.kind == "layers" else precision
+        groups.setdefault((test.threads, test_precision), []).append(test)
+    for (n_threads, context_precision), group in groups.items():
         begin = time.perf_counter()
         context = _native.Context(
-            model, device=device, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type, precision=precision
+            model,
+            device=device,
+            n_ctx=n_ctx,
+            n_threads=n_threads,
+            kv_type=kv_type,
+            precision=context_precision,
         )
         load_s = load_s or open_s + time.perf_counter() - begin
-        for test in tests:
-            if test.threads == n_threads:
-                with status(f"{test.name}, threads: {n_threads}"):
-                    seconds[test] = _run(context, test, repetitions, model.n_vocab)
+        for test in group:
+            with status(f"{test.name}, threads: {n_threads}"):
+                seconds[test] = _run(context, test, repetitions, model.n_vocab)
         device_name, n_batch = context.device, context.n_batch
         del context  # before the next one takes its memory
     return Measured(device_name, n_batch, load_s, seconds)
 
 
-def extrapolated(measured: Measured, n_measured: float, n_layer: float) -> Measured:
-    """The seconds that n_layer layers would take, from those of n_measured (a part of one may be left out).
+def extrapolated(measured: Measured, n_measured: int, n_layer: int, left_out: float) -> Measured:
+    """The seconds that n_layer layers would take, from those of n_measured.
 
     A prompt's time is all in the layers, as it computes no logits. How much of decoding's is in them, the
-    "layers" test says, which has to be there for each "tg" test.
+    "layers" test says, which has to be there for each "tg" test. Both leave out a part of the last layer,
+    which is for tokens with logits.
     """
-    lacking = n_layer / n_measured - 1
+    lacking = (n_layer - n_measured) / (n_measured - left_out)
     seconds = {}
     for test, times in measured.seconds.items():
         if test.kind != "layers":

@@ -160,18 +160,44 @@ def test_calls_of_a_test() -> None:
 
 def test_bytes_per_token() -> None:
     facts = ModelFacts(
-        "m", "q", 1, 10**6, layers_bytes=1000, output_bytes=100, embedding_row_bytes=7, kv_bytes=2
+        *("m", "q", 3, 10**6),
+        layers_bytes=1000,
+        prompt_bytes=800,
+        output_bytes=100,
+        embedding_row_bytes=7,
+        kv_bytes=6,
     )
-    assert facts.bytes_per_token(SpeedTest("tg", 3, 1), 128) == 1000 + 100 + 7 + 2 * (1 + 2 + 3) / 3
-    assert facts.bytes_per_token(SpeedTest("pp", 200, 1), 128) == (2 * 1000 + 2 * (128 + 200)) / 200 + 7
+    assert facts.bytes_per_token(SpeedTest("tg", 3, 1), 128) == 1000 + 100 + 7 + 6 * (1 + 2 + 3) / 3
+    assert facts.bytes_per_token(SpeedTest("pp", 200, 1), 128) == (2 * 800 + 4 * (128 + 200)) / 200 + 7
+
+
+def test_bytes_of_a_prompt() -> None:
+    """Of the last layer q, k, v and the norm before them."""
+    model = tiny_model(shape=replace(TINY, arch="qwen2"))
+    rest = ("blk.2.attn_output.", "blk.2.ffn_norm.", "blk.2.ffn_gate.", "blk.2.ffn_up.", "blk.2.ffn_down.")
+    unread = [tensor.nbytes for tensor in model.tensors(3) if tensor.name.startswith(rest)]
+    assert len(unread) == 1 + 4 * 6
+    facts = model.facts(3, "f16")
+    assert facts.prompt_bytes == facts.layers_bytes - sum(unread)
+
+
+def test_share_of_a_layer() -> None:
+    assert TINY.share(["attn_q", "attn_k", "attn_v"]) == 2 * 64 * 64 / (3 * 64 * 64 + 3 * 64 * 96)
+    assert TINY.share(TINY.linears) == 1
 
 
 def test_extrapolation() -> None:
     pp, tg, layers = (SpeedTest(kind, 3, 1) for kind in ("pp", "tg", "layers"))
-    measured = Measured("cpu", 128, 0.5, {pp: [4.0, 6.0], tg: [5.0, 8.0], layers: [3.0, 5.0]})
-    # 10 layers for 2: a prompt takes 5 times as long; in decoding 2 and 3 s are not in the layers.
-    expected = {pp: [20.0, 30.0], tg: [2 + 15.0, 3 + 25.0]}
-    assert extrapolated(measured, 2, 10) == replace(measured, seconds=expected)
+
+    def measured(n_layer: int) -> Measured:
+        """Layers of 2 and 4 s, without logits the last one of half of it, and in decoding 3 and 1 s more."""
+        parts = [2 * (n_layer - 0.5), 4 * (n_layer - 0.5)]
+        seconds = {pp: parts, tg: [2.0 * n_layer + 3, 4.0 * n_layer + 1], layers: parts}
+        return Measured("cpu", 128, 0.5, seconds)
+
+    expected = measured(5)
+    del expected.seconds[layers]
+    assert extrapolated(measured(2), 2, 5, left_out=0.5) == expected
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,6 +249,8 @@ def test_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (model["synthetic"], model["layers_measured"]) == (False, None)
     assert model["model_bytes"] == path.stat().st_size
     assert model["layers_bytes"] == sum(a.nbytes for name, a in arrays.items() if name.startswith("blk."))
+    first = ("blk.0.attn_norm.", "blk.0.attn_q.", "blk.0.attn_k.", "blk.0.attn_v.")
+    assert model["prompt_bytes"] == sum(a.nbytes for name, a in arrays.items() if name.startswith(first))
     assert model["output_bytes"] == N_VOCAB * N_EMBD * 2  # tied to the embedding
     assert model["embedding_row_bytes"] == N_EMBD * 2
     assert model["kv_bytes"] == 2 * 2 * HEAD_DIM * 2
@@ -270,7 +298,9 @@ def test_table(option: list[str], border: str, capsys: pytest.CaptureFixture[str
         assert re.fullmatch(r"\d+\.\d\d MiB", row[6])
         assert re.fullmatch(r"\d+\.\d%", row[7])
     lines = out.splitlines()
-    assert re.fullmatch(r".+, cores: \d+, .+ memory, .+ available; runs on cpu \(.*\)", lines[0])
+    assert re.fullmatch(
+        r".+, cores: \d+, .+ memory, .+ available; runs on cpu \(.*\), precision auto", lines[0]
+    )
     assert re.match(
         r"memory bandwidth: [\d.]+ GB/s with 1 thread, [\d.]+ GB/s with 2 threads \(numpy", lines[1]
     )
@@ -280,18 +310,26 @@ def test_table(option: list[str], border: str, capsys: pytest.CaptureFixture[str
 
 def test_some_layers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    tensors = SyntheticModel.tensors
+    contexts: list[tuple[int, str]] = []
+    tensors, context = SyntheticModel.tensors, _native.Context
 
     def spying(self: SyntheticModel, n_layer: int) -> Any:
         made.append(n_layer)
         return tensors(self, n_layer)
 
+    def spying_context(model: _native.Model, **options: Any) -> _native.Context:
+        contexts.append((options["n_threads"], options["precision"]))
+        return context(model, **options)
+
     monkeypatch.setattr(SyntheticModel, "tensors", spying)
+    monkeypatch.setattr(_native, "Context", spying_context)
     assert run("--layers", "2", "-r", "2") == 0
     assert made == [2, 3, 2]  # two for their sizes, one to run
+    # Layers without logits stand for generated tokens: never in 16-bit integers.
+    assert contexts == [(1, "auto"), (1, "f32"), (2, "auto"), (2, "f32")]
     out = capsys.readouterr().out
     assert "tok/s (extrapolated)" in out
-    assert "Extrapolated: of 3 layers 2 ran, and their time was multiplied by 3 / 2." in out
+    assert "Extrapolated: of 3 layers 2 ran, and the others are taken to be as fast." in out
     assert re.search(r"needs \d+\.\d\d MiB and fits into the .* available. What ran: load", out)
     assert "layers5" not in out
     assert run("--layers", "2", "-r", "2", "--json") == 0
@@ -316,7 +354,7 @@ def test_some_layers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         (["--quant", "v8-k256-1"], "--quant: found 'v8-k256-1'"),
         (["--quant", "v٨-k256-0"], "--quant: found 'v٨-k256-0'"),
         (["--quant", ""], "--quant: found ''"),
-        (["--layers", "0"], "--layers: found 0"),
+        (["--layers", "1"], "--layers: found 1, expected a whole number, at least 2 and at most 3"),
         (["--layers", "4"], "--layers: found 4"),
         (["--layers", "-1"], "--layers: found -1"),
         (["-p", "0", "-n", "0"], "found 0 for both"),

@@ -70,22 +70,22 @@ def run(*options: str) -> int:
 
 
 def test_comparison(children: Children, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--layers", "1", "--json") == 0
+    assert run("--layers", "2", "--json") == 0
     assert children.ran == ["llama.cpp", "v8-k256-0"] * 3 + ["llama.cpp", "v6-k256-0"] * 3
     captured = capsys.readouterr()
     assert len(captured.err.splitlines()) == 6
     report: dict[str, Any] = json.loads(captured.out)
-    assert (report["n_layer"], report["layers_measured"]) == (3, 1)
+    assert (report["n_layer"], report["layers_measured"]) == (3, 2)
     results = report["results"]
     assert [(r["quant"], r["test"]) for r in results] == [
         (quant, test) for quant in ("v8-k256-0", "v6-k256-0") for test in ("pp16", "tg4")
     ]
     # Of a layer's 589824 weights 393216 are in the feed-forward matrices, which llama.cpp leaves out once: of
-    # 2 1/3 layers 1/3 ran. So in the first round 8 s are 56, and the 3 in layers of 5 s are 21.
-    assert results[0]["llamacpp_tok_s"] == pytest.approx([16 / 56, 16 / 168, 16 / 280])
-    assert results[1]["llamacpp_tok_s"] == pytest.approx([4 / 23, 4 / 69, 4 / 115])
-    assert results[0]["ratio"] == pytest.approx(10 / (16 / 168))
-    assert results[1]["ratio"] == pytest.approx(2 / (4 / 69))
+    # 2 1/3 layers 1 1/3 ran. So in the first round 8 s are 14, and the 3 in layers of 5 s are 5.25.
+    assert results[0]["llamacpp_tok_s"] == pytest.approx([16 / 14, 16 / 42, 16 / 70])
+    assert results[1]["llamacpp_tok_s"] == pytest.approx([4 / 7.25, 4 / 21.75, 4 / 36.25])
+    assert results[0]["ratio"] == pytest.approx(10 / (16 / 42))
+    assert results[1]["ratio"] == pytest.approx(2 / (4 / 21.75))
 
 
 def test_table(children: Children, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,6 +101,7 @@ def test_table(children: Children, capsys: pytest.CaptureFixture[str]) -> None:
     ("options", "message"),
     [
         (["--quants", "v8-k3-0"], "--quant: found 'v8-k3-0'"),
+        (["--layers", "1"], "--layers: found 1"),
         (["--layers", "4"], "--layers: found 4"),
         (["--rounds", "0"], "--rounds: found 0"),
         (["-n", "0"], "--n-gen: found 0"),
