@@ -155,7 +155,7 @@ def run_llamacpp(
         for kind, each in found.pop("seconds").items()
     }
     # llama.cpp leaves out the last layer's feed-forward matrices for tokens that need no logits.
-    left_out = shape.share(("ffn_gate", "ffn_up", "ffn_down"))
+    left_out = dict.fromkeys(("pp", "layers"), shape.share(("ffn_gate", "ffn_up", "ffn_down")))
     measured = extrapolated(Measured("llama.cpp", 512, 0.0, seconds), n_layer, shape.n_layer, left_out)
     return {test.name: test.n_tokens / each[0] for test, each in measured.seconds.items()}, found
 

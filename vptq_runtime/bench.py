@@ -31,8 +31,9 @@ that a test has to read at least: the layers' weights once for each batch of tok
 decoding), a row of the embedding, and keys and values up to there. They, times tok/s, are the share of the
 memory bandwidth, which is measured as what numpy reads with as many threads.
 
-Of the last layer a prompt runs only q, k and v. So --layers N counts the layers that a prompt runs as N - 1
-and the share of a layer's weights that these three have.
+Without logits only q, k and v of the last layer run. So --layers N counts what a prompt runs as N - 1 layers
+and the share of a layer's weights that these three have; and what decoding takes without the output matrix,
+which is measured apart, in float32, as N - 1 layers and these three's share of the bytes.
 
   vptq-bench -m model.gguf -p 512 -n 128 -t 1,2
   vptq-bench --synthetic llama-3.1-8b --quant v8-k65536-256 --output-type q8_0
@@ -211,7 +212,11 @@ def _run_synthetic(arguments: argparse.Namespace, tests: list[SpeedTest]) -> Out
     with model.file(n_layer) as path:
         measured = measure(*open_model(path), tests, **_options(arguments))
     if partial:
-        left_out = 1 - shape.share(LAST_FOR_ALL)
+        # A prompt's time goes with the weights, decoding's with the bytes: codebooks are read for each token.
+        left_out = {
+            "pp": 1 - shape.share(LAST_FOR_ALL),
+            "layers": shape.n_layer * (1 - facts.prompt_bytes / facts.layers_bytes),
+        }
         return facts, extrapolated(measured, n_layer, shape.n_layer, left_out), n_layer
     return facts, measured, None
 

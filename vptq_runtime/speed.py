@@ -194,18 +194,21 @@ def measure(
     return Measured(device_name, n_batch, load_s, seconds)
 
 
-def extrapolated(measured: Measured, n_measured: int, n_layer: int, left_out: float) -> Measured:
+def extrapolated(
+    measured: Measured, n_measured: int, n_layer: int, left_out: Mapping[str, float]
+) -> Measured:
     """The seconds that n_layer layers would take, from those of n_measured.
 
     A prompt's time is all in the layers, as it computes no logits. How much of decoding's is in them, the
-    "layers" test says, which has to be there for each "tg" test. Both leave out a part of the last layer,
-    which is for tokens with logits.
+    "layers" test says, which has to be there for each "tg" test. left_out: of each of the two, "pp" and
+    "layers", the part of the last layer that it leaves out, which is for tokens with logits.
     """
-    lacking = (n_layer - n_measured) / (n_measured - left_out)
     seconds = {}
     for test, times in measured.seconds.items():
         if test.kind != "layers":
-            in_layers = times if test.kind == "pp" else measured.seconds[replace(test, kind="layers")]
+            kind = "pp" if test.kind == "pp" else "layers"
+            in_layers = measured.seconds[replace(test, kind=kind)]
+            lacking = (n_layer - n_measured) / (n_measured - left_out[kind])
             seconds[test] = [s + lacking * layers for s, layers in zip(times, in_layers, strict=True)]
     return replace(measured, seconds=seconds)
 

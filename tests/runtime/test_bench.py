@@ -19,7 +19,7 @@ from tiny_gguf import HEAD_DIM, KEYS, N_EMBD, N_FF, N_VOCAB, tensors, write
 from vptq_runtime import _native, bench, machine, speed, synthetic
 from vptq_runtime.errors import OptionError
 from vptq_runtime.shapes import SHAPES, Shape, find_shape
-from vptq_runtime.speed import GREEDY, Measured, ModelFacts, SpeedTest, extrapolated
+from vptq_runtime.speed import GREEDY, LAST_FOR_ALL, Measured, ModelFacts, SpeedTest, extrapolated
 from vptq_runtime.synthetic import QUANTS, Quant, SyntheticModel
 
 TINY = Shape(3, 64, 96, 4, 2, 160, 256, 1e4, head_dim=16)
@@ -190,14 +190,18 @@ def test_extrapolation() -> None:
     pp, tg, layers = (SpeedTest(kind, 3, 1) for kind in ("pp", "tg", "layers"))
 
     def measured(n_layer: int) -> Measured:
-        """Layers of 2 and 4 s, without logits the last one of half of it, and in decoding 3 and 1 s more."""
-        parts = [2 * (n_layer - 0.5), 4 * (n_layer - 0.5)]
-        seconds = {pp: parts, tg: [2.0 * n_layer + 3, 4.0 * n_layer + 1], layers: parts}
+        """Layers of 2 and 4 s, in decoding 3 and 1 s more; without logits parts of the last one left out."""
+        seconds = {
+            pp: [2 * (n_layer - 0.5), 4 * (n_layer - 0.5)],
+            tg: [2.0 * n_layer + 3, 4.0 * n_layer + 1],
+            layers: [2 * (n_layer - 0.25), 4 * (n_layer - 0.25)],
+        }
         return Measured("cpu", 128, 0.5, seconds)
 
-    expected = measured(5)
-    del expected.seconds[layers]
-    assert extrapolated(measured(2), 2, 5, left_out=0.5) == expected
+    found = extrapolated(measured(2), 2, 5, {"pp": 0.5, "layers": 0.25}).seconds
+    assert found.keys() == {pp, tg}
+    for test, seconds in found.items():
+        assert seconds == pytest.approx(measured(5).seconds[test], rel=1e-12)
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -311,6 +315,7 @@ def test_table(option: list[str], border: str, capsys: pytest.CaptureFixture[str
 def test_some_layers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     contexts: list[tuple[int, str]] = []
+    left_out: list[dict[str, float]] = []
     tensors, context = SyntheticModel.tensors, _native.Context
 
     def spying(self: SyntheticModel, n_layer: int) -> Any:
@@ -322,11 +327,20 @@ def test_some_layers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         return context(model, **options)
 
     monkeypatch.setattr(SyntheticModel, "tensors", spying)
+
+    def spying_extrapolated(*arguments: Any) -> Measured:
+        left_out.append(arguments[-1])
+        return extrapolated(*arguments)
+
     monkeypatch.setattr(_native, "Context", spying_context)
+    monkeypatch.setattr(speed, "extrapolated", spying_extrapolated)
     assert run("--layers", "2", "-r", "2") == 0
     assert made == [2, 3, 2]  # two for their sizes, one to run
     # Layers without logits stand for generated tokens: never in 16-bit integers.
     assert contexts == [(1, "auto"), (1, "f32"), (2, "auto"), (2, "f32")]
+    one = tiny_model().facts(1, "f16")
+    by_weights, by_bytes = TINY.share(LAST_FOR_ALL), one.prompt_bytes / one.layers_bytes
+    assert left_out == [{"pp": 1 - by_weights, "layers": pytest.approx(1 - by_bytes)}]
     out = capsys.readouterr().out
     assert "tok/s (extrapolated)" in out
     assert "Extrapolated: of 3 layers 2 ran, and the others are taken to be as fast." in out
