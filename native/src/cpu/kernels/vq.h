@@ -5,18 +5,17 @@
 // codebook (vq_few.h), for many from a tile of weights looked up once (vq_many.h). Either way the same operations in
 // the same order.
 
-constexpr int kMostFew = 2 * kFewTokens;  // tokens: looking up twice is faster than a tile
-
 template <int V, class Centroids, bool Residual>
 void vq_rows(const VqColumns& c, const float* x, int64_t x_stride, int n_tokens, int row_begin, int row_end,
              bool accumulate, float* y, int64_t y_stride) {
   const int first_block = row_begin / V, end_block = (row_end + V - 1) / V;
-  if (n_tokens <= kMostFew) {
-    const int first = n_tokens <= kFewTokens ? n_tokens : (n_tokens + 1) / 2;
+  constexpr int T = kFewTokens<Centroids>;
+  if (n_tokens == 1 || (T > 1 && n_tokens <= 2 * T)) {  // to look up twice is faster than a tile
+    const int first = n_tokens <= T ? n_tokens : (n_tokens + 1) / 2;
     for (int t = 0; t < n_tokens; t += first)
-      vq_few<V, Centroids, Residual>(c, x + c.first_column + t * x_stride, x_stride,
-                                     n_tokens - t < first ? n_tokens - t : first, first_block, end_block, row_end,
-                                     accumulate, y + t * y_stride, y_stride);
+      vq_few<T, V, Centroids, Residual>(c, x + c.first_column + t * x_stride, x_stride,
+                                        n_tokens - t < first ? n_tokens - t : first, first_block, end_block, row_end,
+                                        accumulate, y + t * y_stride, y_stride);
     return;
   }
   vq_many<F32Activations, V, Centroids, Residual>(c, {x + c.first_column, x_stride}, n_tokens, first_block, end_block,

@@ -4,7 +4,13 @@
 // The weights go from the codebook to the sums through registers, column by column.
 
 constexpr int kFewVectors = 4;  // of sums a token, that share the loads of x
-constexpr int kFewTokens = kSumVectors >= 4 * kFewVectors ? 4 : kSumVectors / kFewVectors;  // that share a lookup
+
+// Tokens that share a lookup: as many as the registers have sums for. One, where centroids are not in f16: that is
+// rare, and each number of tokens is a kernel of its own to compile.
+template <class Centroids>
+constexpr int kFewTokens = 1;
+template <>
+constexpr int kFewTokens<F16Centroids> = kSumVectors >= 4 * kFewVectors ? 4 : kSumVectors / kFewVectors;
 
 // T tokens, R vectors of sums each, over n_blocks blocks. Inlined by force: in a loop GCC unrolls all that is done over
 // an array of sums and so keeps it in registers; elsewhere not always, and where it takes instructions for calls that
@@ -49,13 +55,13 @@ template <int T, int R, int V, class Centroids, bool Residual>
   }
 }
 
-// x (n_tokens, x_stride), from the first of the columns on; at most kFewTokens tokens.
-template <int V, class Centroids, bool Residual, int T = kFewTokens>
+// x (n_tokens, x_stride), from the first of the columns on; at most T tokens.
+template <int T, int V, class Centroids, bool Residual>
 void vq_few(const VqColumns& c, const float* x, int64_t x_stride, int n_tokens, int block, int end_block, int row_end,
             bool accumulate, float* y, int64_t y_stride) {
   if constexpr (T > 1)
     if (n_tokens < T)
-      return vq_few<V, Centroids, Residual, T - 1>(c, x, x_stride, n_tokens, block, end_block, row_end, accumulate, y,
+      return vq_few<T - 1, V, Centroids, Residual>(c, x, x_stride, n_tokens, block, end_block, row_end, accumulate, y,
                                                    y_stride);
   constexpr int kOne = Blocks<V>::kCount, kAll = kFewVectors * kOne;
   for (; block + kAll <= end_block; block += kAll)
@@ -63,6 +69,8 @@ void vq_few(const VqColumns& c, const float* x, int64_t x_stride, int n_tokens, 
                                                           y_stride);
   for (; block < end_block; block += kOne) {
     const int n = end_block - block < kOne ? end_block - block : kOne;
-    vq_few_blocks<T, 1, V, Centroids, Residual>(c, x, x_stride, block, n, row_end, accumulate, y, y_stride);
+    for (int t = 0; t < T; ++t)
+      vq_few_blocks<1, 1, V, Centroids, Residual>(c, x + t * x_stride, x_stride, block, n, row_end, accumulate,
+                                                  y + t * y_stride, y_stride);
   }
 }
