@@ -59,7 +59,8 @@ struct Context::State {
     batch.positions.clear();
     batch.sequences.clear();
     batch.outputs.clear();
-    order.clear();
+    row.resize(feeds.size());
+    n_appended = 0;
     check(feeds);
     for (const bool prompt : {true, false}) {
       for (size_t s = 0; s < feeds.size(); ++s)
@@ -91,7 +92,7 @@ struct Context::State {
 
   // s: the feed's place
   void append(const Feed& feed, size_t s, Want want) {
-    order.push_back(s);
+    row[s] = n_appended++;
     const int length = cache.length(feed.sequence);
     for (size_t i = 0; i < feed.tokens.size(); ++i) {
       if (want == Want::all || (want == Want::last && i + 1 == feed.tokens.size())) batch.outputs.push_back(batch.n());
@@ -119,7 +120,8 @@ struct Context::State {
   KvCache cache;
   std::unique_ptr<Transformer> transformer;
   Batch batch;
-  std::vector<size_t> order;       // the feeds' places as they stand in the batch
+  std::vector<size_t> row;         // each feed's place in the batch, prompts first
+  size_t n_appended = 0;           // feeds
   std::vector<int> lengths;        // of the sequences at hand, before they are extended
   std::vector<float> step_logits;  // (n_sequences, n_vocab)
 };
@@ -160,7 +162,7 @@ void Context::step(std::span<const Feed> feeds, std::span<Sampler* const> sample
   state_->step_logits.resize(feeds.size() * n_vocab);
   state_->forward(feeds, State::Want::last, state_->step_logits.data());
   for (size_t i = 0; i < feeds.size(); ++i)
-    out[state_->order[i]] = samplers[state_->order[i]]->sample({state_->step_logits.data() + i * n_vocab, n_vocab});
+    out[i] = samplers[i]->sample({state_->step_logits.data() + state_->row[i] * n_vocab, n_vocab});
 }
 
 void Context::logits(const Feed& feed, float* out) { state_->forward({&feed, 1}, State::Want::all, out); }

@@ -237,8 +237,9 @@ def test_linear_in_16_bits(
     x = rng.normal(size=(n_tokens, n_in)).astype(np.float32)
     x[:, 7] *= spike
     found = operations.linear(tensors, 77, x, n_tokens)
-    # A number half way between two may be rounded the other way: a step more or less in one of 301 products.
-    assert relative_l2(found, in_16_bits(tensors, x)) < 1e-5
+    # A number half way between two may be rounded the other way: a step more or less in one of 301 products. What all
+    # the rounding does is ten times as much.
+    assert relative_l2(found, in_16_bits(tensors, x)) < 5e-5
 
 
 @pytest.mark.parametrize("n_tokens", [1, 7])
@@ -504,16 +505,17 @@ def test_attention_on_any_number_of_threads(isa: str, n: int) -> None:
 def test_what_a_cache_cannot_hold_shows(
     operations: _native.Operations, where: str, kv_type: str, bad: float
 ) -> None:
-    """Also where a score of minus infinity would only take a key's weight away."""
+    """Also where a score of minus infinity would only take a key's weight away. Who does not see it is unharmed."""
     rng = np.random.default_rng(0)
-    q = np.abs(rng.normal(size=(1, 2, 64))).astype(np.float32)
+    q = np.abs(rng.normal(size=(30, 2, 64))).astype(np.float32)
     k, v = rng.normal(size=(2, 40, 1, 64)).astype(np.float32)
     (k if where == "k" else v)[17, 0, 5] = bad
     found = attention_of(operations, q, k, v, 0, kv_type)
     if kv_type == "f32" and bad == 1e30:
         assert np.isfinite(found).all()
-    else:
-        assert np.isnan(found).any(axis=-1).all()
+    else:  # q are those of the tokens from 10 on
+        assert np.isnan(found[7:]).any(axis=-1).all()
+        assert np.isfinite(found[:7]).all()
 
 
 @pytest.mark.parametrize("size", [1e-9, 1e-6, 3e-6, 1e-5, 1e-3, 1.0, 1e6])

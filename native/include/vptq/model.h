@@ -47,7 +47,7 @@ struct VqColumns {
   const std::byte* indices = nullptr;
   int64_t row_bytes = 0;
   DType type = DType::f16;
-  const std::byte* centroids = nullptr;      // (n_groups, k, v); 8 bytes before it, and before the next, can be read
+  const std::byte* centroids = nullptr;  // (n_groups, k, v); the 8 bytes before can be read: kernels load more than v
   const std::byte* res_centroids = nullptr;  // (n_groups, r, v)
 };
 

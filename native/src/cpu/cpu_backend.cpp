@@ -81,21 +81,24 @@ void CpuBackend::apply(std::initializer_list<Projection> projections, const floa
   const Activations activations{x, n, n_i16};
   shares_.clear();
   size_t prepared_size = 0;
-  int64_t n_rows = 0;
+  int64_t n_units = 0, n_rows = 0;
   for (const Projection& p : projections) {
     const auto& layer = static_cast<const CpuLinear&>(p.layer);
-    shares_.push_back({&layer, prepared_size, n_rows, p.y});
+    shares_.push_back({&layer, prepared_size, n_units, p.y});
     prepared_size += size_t(layer.prepared_size(activations));
+    n_units += (layer.out_features + layer.row_unit - 1) / layer.row_unit;
     n_rows += layer.out_features;
   }
   if (prepared_.size() < prepared_size) prepared_.resize(prepared_size);
   prepare(activations, prepared_size);
 
-  const int64_t work = int64_t{n} * shares_[0].layer->in_features;
-  threads_.parallel_for(n_rows, work, [&](int64_t begin, int64_t end) {
+  const int64_t work = int64_t{n} * shares_[0].layer->in_features * n_rows / n_units;
+  threads_.parallel_for(n_units, work, [&](int64_t begin, int64_t end) {
     for (const Share& s : shares_) {
-      const int first = s.row(begin), last = s.row(end);
-      if (first < last) s.layer->rows(activations, prepared_.data() + s.prepared, first, last, s.y);
+      const int64_t unit = s.layer->row_unit, rows = s.layer->out_features;
+      const int64_t first = std::clamp<int64_t>((begin - s.first_unit) * unit, 0, rows);
+      const int64_t last = std::clamp<int64_t>((end - s.first_unit) * unit, 0, rows);
+      if (first < last) s.layer->rows(activations, prepared_.data() + s.prepared, int(first), int(last), s.y);
     }
   });
 }
@@ -110,12 +113,6 @@ void CpuBackend::prepare(const Activations& x, size_t size) {
       s.layer->prepare(x, int(i % x.n), prepared_.data() + s.prepared);
     }
   });
-}
-
-// The first row from i on, of those of the whole loop, with which a chunk of this layer may begin or end.
-int CpuBackend::Share::row(int64_t i) const {
-  const int64_t unit = layer->row_unit, row = std::max<int64_t>(i - first_row, 0);
-  return int(std::min<int64_t>((row + unit - 1) / unit * unit, layer->out_features));
 }
 
 void CpuBackend::rope(const Batch& batch, int n_head, int head_dim, const float* inv_freq, float* x) {

@@ -48,11 +48,9 @@ class CpuBackend : public Backend {
   // A projection's share of one loop over the rows of several.
   struct Share {
     const CpuLinear* layer;
-    size_t prepared;    // where in prepared_ its part begins
-    int64_t first_row;  // rows of the projections before it
+    size_t prepared;     // where in prepared_ its part begins
+    int64_t first_unit;  // the loop's items are units of rows: those of the projections before it
     float* y;
-
-    int row(int64_t i) const;
   };
 
   void prepare(const Activations& x, size_t size);

@@ -33,6 +33,8 @@ struct AttentionSums {
 struct Kernels {
   const char* isa;
 
+  // Rows that the kernels below take at a time, of vector length v; fewer cost as much.
+  int (*rows_at_a_time)(int v);
   // y[t][o] (+)= sum_j w[o, j] x[t][first_column + j] over the columns of c, for the outputs o in
   // [row_begin, row_end). x (n_tokens, in_features) is in the permuted order and scaled. row_begin is a multiple of v,
   // row_end too or out_features.

@@ -17,6 +17,7 @@
 
 constexpr Kernels make_kernels(const char* isa) {
   return {.isa = isa,
+          .rows_at_a_time = rows_at_a_time,
           .vq = vq,
           .i16_pays = kI16Pays,
           .i16_step = i16_step,

@@ -8,9 +8,9 @@ namespace {
 
 constexpr int kDenseUnit = 4;  // rows that share the loads of x
 
-// The least common multiple of the vector lengths.
-int vptq_unit(const VptqWeights& weights) {
-  int unit = 1;
+// Whole vectors of all columns, and all that the kernels take at a time of the last ones, which are most.
+int vptq_unit(const Kernels& kernels, const VptqWeights& weights) {
+  int unit = kernels.rows_at_a_time(weights.columns.back().v);
   for (const VqColumns& c : weights.columns) unit = std::lcm(unit, c.v);
   return unit;
 }
@@ -28,8 +28,8 @@ void DenseLinear::rows(const Activations& x, const float*, int begin, int end, f
 }
 
 VptqLinear::VptqLinear(const Kernels& kernels, const LinearWeights& weights, const VptqNorms& norms, const float* bias)
-    : CpuLinear(kernels, weights.in_features, weights.out_features, vptq_unit(std::get<VptqWeights>(weights.weights)),
-                bias),
+    : CpuLinear(kernels, weights.in_features, weights.out_features,
+                vptq_unit(kernels, std::get<VptqWeights>(weights.weights)), bias),
       columns_(std::get<VptqWeights>(weights.weights).columns),
       perm_(std::get<VptqWeights>(weights.weights).perm),
       norms_(norms) {

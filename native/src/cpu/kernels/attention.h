@@ -3,7 +3,7 @@
 // One pass over the blocks, the softmax kept relative to the largest score so far (Milakov and Gimelshein 2018,
 // arXiv:1805.02867): no room for all scores is needed, however long the context. All rows (query heads, tokens) that
 // look at a block share its loads. A row's numbers do not depend on the others: what it does not see has weight 0, and
-// adding 0 changes nothing.
+// adding 0 changes nothing, as no value in the cache is NaN or infinite.
 
 constexpr int kRowsAtOnce = kSumVectors * kVector >= 8 * kBlock ? 8 : 2;  // whose sums fit the registers
 

@@ -50,16 +50,20 @@ inline const uint8_t* index_row(const VqColumns& c, int group, int block) {
 
 constexpr int kTilesAhead = 2;  // one is late: a tile of eight blocks takes less than memory does to answer
 
-// Asks for the indices of the tile that comes kTilesAhead tiles after columns [j0, j0 + n) of a block, in the block
-// that lies `ahead` blocks on where the row ends before. They come from memory, from so many rows at a time that the
-// processor does not foresee it; into L2, as L1 is for the codebook. Inlined by force: GCC takes a function that only
-// prefetches for one without effect and drops the call.
+// Asks for the indices of the tile that comes kTilesAhead tiles after columns [j0, j0 + n) of a block: where the row
+// ends before, the next group's, or the first group's of the block that lies `ahead` blocks on. They come from memory,
+// from so many rows at a time that the processor does not foresee it; into L2, as L1 is for the codebook. Inlined by
+// force: GCC takes a function that only prefetches for one without effect and drops the call.
 [[gnu::always_inline]] inline void prefetch_indices(const VqColumns& c, int group, int block, int j0, int n,
                                                     int ahead) {
   const int bits = c.index_bits + c.res_bits;
-  const int j = j0 + n + (kTilesAhead - 1) * kTileColumns;
-  const uint8_t* next = j < c.group_size ? index_row(c, group, block) + int64_t{j} * bits / 8
-                                         : index_row(c, group, block + ahead) + int64_t{j - c.group_size} * bits / 8;
+  int j = j0 + n + (kTilesAhead - 1) * kTileColumns;
+  const uint8_t* row = index_row(c, group, block);
+  if (j >= c.group_size) {
+    j -= c.group_size;
+    row = group + 1 < c.n_groups ? index_row(c, group + 1, block) : index_row(c, 0, block + ahead);
+  }
+  const uint8_t* next = row + int64_t{j} * bits / 8;
   for (int i = 0; i < kTileColumns * bits / 8; i += 64) __builtin_prefetch(next + i, 0, 2);
 }
 

@@ -65,6 +65,7 @@ void dense_token(const std::byte* w, int64_t row_bytes, int in_features, const f
     for (int r = 0; r < R; ++r) acc[r] = fma(xi, Weights::template load<kWidth>(w + r * row_bytes, i), acc[r]);
     i += kWidth;
   };
+  static_assert(kQ8Block == 2 * kWidth);
   const int64_t block_bytes = kQ8Block * row_bytes / in_features;
   while (i + kQ8Block <= in_features) {  // a block at a time, whose scale is loaded once
     prefetch_rows<R>(w, row_bytes, i / kQ8Block * block_bytes);

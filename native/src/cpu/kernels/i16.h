@@ -3,8 +3,8 @@
 //
 // x = x_step * whole number, with a step for each token and tile of columns, and w = w_step * whole number, with a step
 // for each codebook. A tile's 32-bit sums of products cannot overflow, as the magnitudes of a tile's x add up to kMostX
-// at most: so they are exact, and the error of an x is at most 0.03 % of the root mean square of its tile, whatever
-// their distribution (step / sqrt(12), the step kTileColumns * rms / kMostX or less).
+// at most: so they are exact, and the root mean square error of the x is at most 0.03 % of the x's own in a tile,
+// whatever their distribution (step / sqrt(12), the step kTileColumns * rms / kMostX or less).
 
 constexpr int kMostW = 16383;                                       // the largest whole number of a weight
 constexpr int kMostX = 0x7fffffff / kMostW - kTileColumns / 2 - 1;  // less what rounding up can add
@@ -27,7 +27,7 @@ inline float largest_lane(Lanes<kVector> x) {
   return largest;
 }
 
-// The whole numbers nearest to x / step; 0 for NaN.
+// The whole numbers nearest to x / step; for NaN one whose low half is 0.
 inline Words whole_numbers(const float* x, float step) {
   return to_words(Lanes<kVector>::load(x) * Lanes<kVector>::broadcast(step > kSmallestStep ? 1 / step : 0));
 }
@@ -51,9 +51,9 @@ void round_columns(const VqColumns& c, const float* x, float* words) {
       for (int j = 0; j < kTileColumns; j += kVector) {
         const L v = L::load(tile + j), magnitude = max(v, L::broadcast(0) - v);
         largest = max(largest, magnitude);
-        total = total + magnitude;
+        total = fma(magnitude, L::broadcast(1.0f / kMostX), total);  // the quotient cannot overflow
       }
-      const float by_total = sum(total) / kMostX, by_largest = largest_lane(largest) / kI16Most;
+      const float by_total = sum(total), by_largest = largest_lane(largest) / kI16Most;
       const float step = by_largest > by_total ? by_largest : by_total;  // NaN stays, infinity too
       *steps++ = step;
       alignas(64) uint32_t whole[kTileColumns];
@@ -84,7 +84,7 @@ Magnitudes magnitudes(const std::byte* numbers, int64_t n) {
   return {largest_lane(largest), sum(squares) / float(n)};
 }
 
-// With this the error of a weight is at most 0.06 % of a typical one.
+// With this the root mean square error of a weight is at most 0.06 % of a typical one.
 constexpr float kMostOfTypical = 32;  // times the root mean square that the largest weight may be
 
 float i16_step(const VqColumns& c, int group) {
@@ -99,7 +99,8 @@ float i16_step(const VqColumns& c, int group) {
   const float largest = main.largest + res.largest;
   const float typical = __builtin_sqrtf(main.mean_square + res.mean_square);
   const float step = largest / kMostW;
-  return largest <= kMostOfTypical * typical && step > kSmallestStep ? step : 0;
+  const bool fits = largest <= kMostOfTypical * typical && typical < __builtin_huge_valf();
+  return fits && step > kSmallestStep ? step : 0;
 }
 
 struct I16Activations {
@@ -111,7 +112,8 @@ struct I16Activations {
 
   template <int Rows, class LookUp>
   void multiply(const VqColumns& c, int group, int j0, int n, int n_tokens, LookUp look_up, float (*sums)[Rows]) const {
-    constexpr int kLooked = 16;  // columns
+    constexpr int kLooked = 16;  // columns: their floats lie in L1 beside the codebook and w
+    static_assert(kTileColumns % kLooked == 0 && kTileColumns % kVector == 0);
     alignas(64) float looked[kLooked][Rows] = {};
     alignas(64) uint32_t w[kTileColumns / 2][Rows];
     for (int j = 0; j < n; j += kLooked) {

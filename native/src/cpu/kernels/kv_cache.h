@@ -1,16 +1,21 @@
 // Keys and values as they lie in a block of the cache (KvLayout in backend.h): to there, and back to floats. Included
 // inside an anonymous namespace, after elementwise.h.
 //
-// What does not fit its type is stored as NaN, infinity too: a score of minus infinity would go unnoticed.
+// What does not fit its type is stored as NaN, infinity too: a score of minus infinity would go unnoticed. A value that
+// does not fit becomes a NaN in its key: among the values it would reach those who do not see it, times a weight of 0.
 
 constexpr int kBlock = KvLayout::kBlockTokens;
 constexpr int kParts = kBlock / kWidth;
+constexpr float kNaN = __builtin_nanf("");
+constexpr uint16_t kHalfNaN = 0x7e00;
 
 // A format has
 //   kElementBytes   of one element of all tokens' keys, or values
 //   kWholeBlocks    whether head_dim is a multiple of kBlock
 //   put_key         writes token s's key (head_dim) to a head's keys
 //   put_value       writes its value to a head's values
+//   kLimit          what the magnitudes of a value have to be below
+//   spoil           makes NaN of token s's key, 0 of its value
 //   Keys(keys, d)   the matrix (kBlock, kBlock) of elements d + j of all tokens' keys; d is a multiple of kBlock
 //   Values(values, head_dim, d)  the matrix (kBlock, kBlock) of elements [d, d + kBlock) of token j's value
 // A matrix m gives its floats by m(j, i): part i, of kWidth, of row j.
@@ -32,6 +37,12 @@ struct PlainCache {
   }
   static void put_value(const float* v, int head_dim, int s, std::byte* values) {
     convert(v, head_dim, reinterpret_cast<T*>(values) + int64_t{s} * head_dim);
+  }
+
+  static constexpr float kLimit = sizeof(T) == 2 ? 65520 : __builtin_huge_valf();
+  static void spoil(int head_dim, int s, std::byte* keys, std::byte* values) {
+    convert(&kNaN, 1, reinterpret_cast<T*>(keys) + s);
+    __builtin_memset(reinterpret_cast<T*>(values) + int64_t{s} * head_dim, 0, head_dim * sizeof(T));
   }
 
   class Keys {
@@ -103,6 +114,12 @@ struct Q8Cache {
     }
   }
 
+  static constexpr float kLimit = 65520.0f * 127;
+  static void spoil(int head_dim, int s, std::byte* keys, std::byte* values) {
+    __builtin_memcpy(keys + 2 * s, &kHalfNaN, 2);
+    __builtin_memset(values + row_bytes(head_dim) * s, 0, size_t(row_bytes(head_dim)));
+  }
+
   class Keys {
    public:
     Keys(const std::byte* keys, int d)
@@ -125,8 +142,7 @@ struct Q8Cache {
       const std::byte* block = from_ + s * row_bytes_;
       uint16_t scale;
       __builtin_memcpy(&scale, block, 2);
-      return Row::broadcast(sum(Lanes<1>::load_f16(&scale))) *
-             Row::load_i8(reinterpret_cast<const int8_t*>(block + 2) + i * kWidth);
+      return Row::broadcast_f16(&scale) * Row::load_i8(reinterpret_cast<const int8_t*>(block + 2) + i * kWidth);
     }
 
    private:
@@ -149,7 +165,7 @@ struct Q8Cache {
     const float unit = f16_to_float(scale);
     if (unit - unit != 0) {  // infinite or NaN
       __builtin_memset(q, 0, kQ8Block);
-      return 0x7e00;
+      return kHalfNaN;
     }
     const Row inverse = Row::broadcast(unit > 0 ? 1 / unit : 0);
     for (int i = 0; i < kQ8Block; i += kWidth) {
@@ -165,6 +181,9 @@ template <class Cache>
 void store_as(const float* k, const float* v, int head_dim, int slot, std::byte* keys, std::byte* values) {
   Cache::put_key(k, head_dim, slot, keys);
   Cache::put_value(v, head_dim, slot, values);
+  bool fits = true;
+  for (int d = 0; d < head_dim; ++d) fits &= __builtin_fabsf(v[d]) < Cache::kLimit;
+  if (!fits) Cache::spoil(head_dim, slot, keys, values);
 }
 
 void store_kv(const float* k, const float* v, DType type, int head_dim, int slot, std::byte* keys, std::byte* values) {

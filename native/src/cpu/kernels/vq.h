@@ -42,11 +42,13 @@ void vq_rows_any(const VqColumns& c, const float* x, int64_t x_stride, int n_tok
           for (int j = 0; j < n; ++j) {
             const float xj = x[t * x_stride + c.first_column + q * c.group_size + j0 + j];
             const Element* w = centroids + (int64_t{q} * c.k + (values[j] & mask)) * c.v;
-            const Element* res = c.r ? res_centroids + (int64_t{q} * c.r + (values[j] >> c.index_bits)) * c.v : nullptr;
             for (int lane = 0; lane < c.v; ++lane) {
-              const Element *p = w + lane, *res_p = res + lane;
+              const Element* p = w + lane;
               Lanes<1> weight = Centroids::template load<Block<1>>(&p);
-              if (c.r) weight = weight + Centroids::template load<Block<1>>(&res_p);
+              if (c.r) {
+                p = res_centroids + (int64_t{q} * c.r + (values[j] >> c.index_bits)) * c.v + lane;
+                weight = weight + Centroids::template load<Block<1>>(&p);
+              }
               acc[lane] = sum(fma(Lanes<1>::broadcast(xj), weight, Lanes<1>::broadcast(acc[lane])));
             }
           }

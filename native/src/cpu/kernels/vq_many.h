@@ -1,4 +1,4 @@
-// Columns of a vector-quantised matrix times several tokens' activations. Included inside an anonymous namespace, after
+// Columns of a vector-quantised matrix times many tokens' activations. Included inside an anonymous namespace, after
 // codebook.h.
 //
 // The weights of a tile, kTileColumns columns of some blocks, are looked up once and multiplied with all tokens: in
@@ -8,6 +8,8 @@ constexpr int kTileTokens = 128;  // whose sums are kept while a tile is there
 
 // The blocks of a tile, so that its rows fill whole vectors: 64 rows, or 48.
 constexpr int tile_blocks(int v) { return v == 2 ? 32 : v == 4 ? 16 : v <= 8 ? 8 : 4; }
+
+int rows_at_a_time(int v) { return tile_blocks(v) * v; }
 
 // Calls multiply<T, P>(t, row) for all tokens and all vectors of Rows rows, P vectors and T tokens at a time: as many
 // sums as fit the registers.
@@ -35,18 +37,18 @@ struct F32Activations {
   // sums[t][row] += sum_j x[t][group begin + j0 + j] w[j][row] over n columns
   template <int Rows, class LookUp>
   void multiply(const VqColumns& c, int group, int j0, int n, int n_tokens, LookUp look_up, float (*sums)[Rows]) const {
-    constexpr int kLooked = 32;  // columns
+    constexpr int kLooked = 32;  // columns: their floats lie in L1 beside the codebook
     alignas(64) float tile[kLooked][Rows];
     for (int j = 0; j < n; j += kLooked) {
       const int looked = n - j < kLooked ? n - j : kLooked;
       look_up(j, j + looked, tile);
-      add_products<Rows>(x + int64_t{group} * c.group_size + j0 + j, looked, n_tokens, tile, sums);
+      multiply_looked_up<Rows>(x + int64_t{group} * c.group_size + j0 + j, looked, n_tokens, tile, sums);
     }
   }
 
  private:
   template <int Rows>
-  void add_products(const float* xs, int n, int n_tokens, const float (*tile)[Rows], float (*sums)[Rows]) const {
+  void multiply_looked_up(const float* xs, int n, int n_tokens, const float (*tile)[Rows], float (*sums)[Rows]) const {
     share_registers<Rows>(n_tokens, [&]<int T, int P>(int t0, int row) {
       using L = Lanes<kVector>;
       L acc[T][P];
@@ -68,9 +70,9 @@ struct F32Activations {
 
 // The blocks whose weights are looked up side by side: as many as leave no gaps between their rows.
 template <int V, bool Gaps = (Blocks<V>::kStride > V)>
-struct Together : Blocks<V> {};
+struct GaplessBlocks : Blocks<V> {};
 template <int V>
-struct Together<V, true> : Block<V> {};
+struct GaplessBlocks<V, true> : Block<V> {};
 
 // Up to kTileTokens tokens, up to tile_blocks(V) blocks. X: F32Activations or I16Activations
 template <class X, int V, class Centroids, bool Residual>
@@ -79,6 +81,7 @@ void vq_tile_rows(const VqColumns& c, const X& x, int n_tokens, int block, int n
   constexpr int kBlocks = tile_blocks(V), kRows = kBlocks * V;
   alignas(64) float sums[kTileTokens][kRows];
   Offsets<Residual> offsets[kBlocks];
+  static_assert(sizeof(sums) + sizeof(offsets) <= 72 << 10, "threads may have stacks of 128 KiB");
   const Unpacker unpack(c.index_bits + c.res_bits);
   __builtin_memset(sums, 0, sizeof(sums[0]) * size_t(n_tokens));
   for (int q = 0; q < c.n_groups; ++q) {
@@ -92,7 +95,7 @@ void vq_tile_rows(const VqColumns& c, const X& x, int n_tokens, int block, int n
       }
       // The weights of the tile's columns [begin, end), rows side by side.
       const auto look_up = [&](int begin, int end, float (*w)[kRows]) {
-        using B = Together<V>;
+        using B = GaplessBlocks<V>;
         for (int b = 0; b < kBlocks; b += B::kCount)
           for (int j = begin; j < end; ++j) codebook.template look_up<B>(offsets + b, j).store(w[j - begin] + b * V);
       };
