@@ -237,8 +237,8 @@ def test_linear_in_16_bits(
     x = rng.normal(size=(n_tokens, n_in)).astype(np.float32)
     x[:, 7] *= spike
     found = operations.linear(tensors, 77, x, n_tokens)
-    # A number half way between two may be rounded the other way: a step more or less in one of 301 products. What all
-    # the rounding does is ten times as much.
+    # A number half way between two may be rounded the other way: a step more or less in one of 301 products.
+    # What all the rounding does is ten times as much.
     assert relative_l2(found, in_16_bits(tensors, x)) < 5e-5
 
 
@@ -505,7 +505,7 @@ def test_attention_on_any_number_of_threads(isa: str, n: int) -> None:
 def test_what_a_cache_cannot_hold_shows(
     operations: _native.Operations, where: str, kv_type: str, bad: float
 ) -> None:
-    """Also where a score of minus infinity would only take a key's weight away. Who does not see it is unharmed."""
+    """Also where a score of minus infinity would only take a key's weight away; who does not see it has no harm."""
     rng = np.random.default_rng(0)
     q = np.abs(rng.normal(size=(30, 2, 64))).astype(np.float32)
     k, v = rng.normal(size=(2, 40, 1, 64)).astype(np.float32)

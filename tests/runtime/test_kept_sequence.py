@@ -1,4 +1,4 @@
-"""A prompt that begins as the one before: in float32 the same text as from an empty cache, with less to compute."""
+"""A prompt that begins as the one before: in float32 the same text as from an empty cache, and less work."""
 
 from collections.abc import Iterator
 from pathlib import Path
