@@ -505,7 +505,7 @@ def test_attention_on_any_number_of_threads(isa: str, n: int) -> None:
 def test_what_a_cache_cannot_hold_shows(
     operations: _native.Operations, where: str, kv_type: str, bad: float
 ) -> None:
-    """Also where a score of minus infinity would only take a key's weight away; who does not see it has no harm."""
+    """Also where a score of minus infinity would only take a weight away; who does not see it has no harm."""
     rng = np.random.default_rng(0)
     q = np.abs(rng.normal(size=(30, 2, 64))).astype(np.float32)
     k, v = rng.normal(size=(2, 40, 1, 64)).astype(np.float32)
