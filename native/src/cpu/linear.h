@@ -75,7 +75,7 @@ class VptqLinear : public CpuLinear {
 
   std::vector<VqColumns> columns_;
   std::vector<std::vector<float>> w_steps_;  // of each columns' codebooks, for 16 bits
-  int64_t words_ = 0;                        // of a token's x in 16 bits; 0: these weights need more than 16 bits
+  int64_t words_ = 0;  // of a token's x in 16 bits; 0: these weights need more than 16 bits, or have no kernel for them
   const uint16_t* perm_;
   VptqNorms norms_;
 };

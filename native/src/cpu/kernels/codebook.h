@@ -126,3 +126,34 @@ void put(const float* sums, int block, int row_end, bool accumulate, float* y) {
   for (int lane = 0; lane < V && row + lane < row_end; ++lane)
     y[row + lane] = accumulate ? y[row + lane] + sums[lane] : sums[lane];
 }
+
+// Calls use<Centroids>().
+template <class Use>
+auto with_centroids(const VqColumns& c, Use use) {
+  switch (c.type) {
+    case DType::f16: return use.template operator()<F16Centroids>();
+    case DType::bf16: return use.template operator()<Bf16Centroids>();
+    default: return use.template operator()<F32Centroids>();
+  }
+}
+
+// The vector lengths that models use.
+inline bool has_kernel(int v) { return v == 2 || v == 4 || v == 6 || v == 8 || v == 12 || v == 16; }
+
+// Calls use<V, Centroids, Residual>(); c.v has a kernel.
+template <class Use>
+void with_codebook(const VqColumns& c, Use use) {
+  with_centroids(c, [&]<class Centroids>() {
+    const auto with_length = [&]<int V>() {
+      c.r ? use.template operator()<V, Centroids, true>() : use.template operator()<V, Centroids, false>();
+    };
+    switch (c.v) {
+      case 2: return with_length.template operator()<2>();
+      case 4: return with_length.template operator()<4>();
+      case 6: return with_length.template operator()<6>();
+      case 8: return with_length.template operator()<8>();
+      case 12: return with_length.template operator()<12>();
+      default: return with_length.template operator()<16>();
+    }
+  });
+}

@@ -18,8 +18,6 @@ inline int64_t group_tiles(const VqColumns& c) { return (c.group_size + kTileCol
 
 int64_t i16_size(const VqColumns& c) { return c.n_groups * (group_pairs(c) + group_tiles(c)); }
 
-inline bool has_i16(int v) { return v == 2 || v == 4 || v == 6 || v == 8 || v == 12 || v == 16; }
-
 inline float largest_lane(Lanes<kVector> x) {
   float lanes[kVector], largest = 0;
   x.store(lanes);
@@ -88,10 +86,8 @@ Magnitudes magnitudes(const std::byte* numbers, int64_t n) {
 constexpr float kMostOfTypical = 32;  // times the root mean square that the largest weight may be
 
 float i16_step(const VqColumns& c, int group) {
-  if (!has_i16(c.v)) return 0;
-  const auto of = c.type == DType::f16    ? magnitudes<F16Centroids>
-                  : c.type == DType::bf16 ? magnitudes<Bf16Centroids>
-                                          : magnitudes<F32Centroids>;
+  if (!has_kernel(c.v)) return 0;
+  const auto of = with_centroids(c, []<class Centroids>() { return magnitudes<Centroids>; });
   const int64_t bytes = c.v * (c.type == DType::f32 ? 4 : 2);
   const Magnitudes main = of(c.centroids + int64_t{group} * c.k * bytes, int64_t{c.k} * c.v);
   Magnitudes res{0, 0};

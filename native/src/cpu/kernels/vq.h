@@ -59,52 +59,20 @@ void vq_rows_any(const VqColumns& c, const float* x, int64_t x_stride, int n_tok
     }
 }
 
-template <class Centroids>
-void vq_of(const VqColumns& c, const float* x, int64_t x_stride, int n_tokens, int row_begin, int row_end,
-           bool accumulate, float* y, int64_t y_stride) {
-  const auto run = [&](auto kernel) { kernel(c, x, x_stride, n_tokens, row_begin, row_end, accumulate, y, y_stride); };
-  const bool residual = c.r != 0;
-  switch (c.v) {  // the lengths that models use
-    case 2: return run(residual ? vq_rows<2, Centroids, true> : vq_rows<2, Centroids, false>);
-    case 4: return run(residual ? vq_rows<4, Centroids, true> : vq_rows<4, Centroids, false>);
-    case 6: return run(residual ? vq_rows<6, Centroids, true> : vq_rows<6, Centroids, false>);
-    case 8: return run(residual ? vq_rows<8, Centroids, true> : vq_rows<8, Centroids, false>);
-    case 12: return run(residual ? vq_rows<12, Centroids, true> : vq_rows<12, Centroids, false>);
-    case 16: return run(residual ? vq_rows<16, Centroids, true> : vq_rows<16, Centroids, false>);
-    default: return run(vq_rows_any<Centroids>);
-  }
-}
-
 void vq(const VqColumns& c, const float* x, int64_t x_stride, int n_tokens, int row_begin, int row_end, bool accumulate,
         float* y, int64_t y_stride) {
-  const auto kernel = c.type == DType::f16    ? vq_of<F16Centroids>
-                      : c.type == DType::bf16 ? vq_of<Bf16Centroids>
-                                              : vq_of<F32Centroids>;
-  kernel(c, x, x_stride, n_tokens, row_begin, row_end, accumulate, y, y_stride);
+  const auto run = [&](auto kernel) { kernel(c, x, x_stride, n_tokens, row_begin, row_end, accumulate, y, y_stride); };
+  if (has_kernel(c.v))
+    with_codebook(c, [&]<int V, class Centroids, bool Residual>() { run(vq_rows<V, Centroids, Residual>); });
+  else
+    with_centroids(c, [&]<class Centroids>() { run(vq_rows_any<Centroids>); });
 }
 
-// In 16-bit integers.
-template <int V>
-void vq_i16_of(const VqColumns& c, const I16Activations& x, int n_tokens, int row_begin, int row_end, bool accumulate,
-               float* y, int64_t y_stride) {
-  const auto run = [&](auto kernel) {
-    kernel(c, x, n_tokens, row_begin / V, (row_end + V - 1) / V, row_end, accumulate, y, y_stride);
-  };
-  using X = I16Activations;
-  switch (c.type) {
-    case DType::f16: return run(c.r ? vq_many<X, V, F16Centroids, true> : vq_many<X, V, F16Centroids, false>);
-    case DType::bf16: return run(c.r ? vq_many<X, V, Bf16Centroids, true> : vq_many<X, V, Bf16Centroids, false>);
-    default: return run(c.r ? vq_many<X, V, F32Centroids, true> : vq_many<X, V, F32Centroids, false>);
-  }
-}
-
+// In 16-bit integers; c.v has a kernel.
 void vq_i16(const VqColumns& c, const float* w_steps, const float* x, int64_t x_stride, int n_tokens, int row_begin,
             int row_end, bool accumulate, float* y, int64_t y_stride) {
-  const auto kernel = c.v == 2    ? vq_i16_of<2>
-                      : c.v == 4  ? vq_i16_of<4>
-                      : c.v == 6  ? vq_i16_of<6>
-                      : c.v == 8  ? vq_i16_of<8>
-                      : c.v == 12 ? vq_i16_of<12>
-                                  : vq_i16_of<16>;
-  kernel(c, {x, x_stride, w_steps}, n_tokens, row_begin, row_end, accumulate, y, y_stride);
+  with_codebook(c, [&]<int V, class Centroids, bool Residual>() {
+    vq_many<I16Activations, V, Centroids, Residual>(c, {x, x_stride, w_steps}, n_tokens, row_begin / V,
+                                                    (row_end + V - 1) / V, row_end, accumulate, y, y_stride);
+  });
 }
