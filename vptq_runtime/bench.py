@@ -69,13 +69,7 @@ def parser() -> argparse.ArgumentParser:
         "-t", "--threads", metavar="N,...", type=_numbers, help="default: one for each physical core"
     )
     p.add_argument("-r", "--repetitions", metavar="N", type=int, default=3, help="default: %(default)s")
-    p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    p.add_argument("--kv-type", default="f16", help="KV cache in f16, f32 or q8_0 (default: %(default)s)")
-    p.add_argument(
-        "--precision",
-        default="auto",
-        help="auto: prompts in 16-bit integers where that pays; f32: all in float32 (default: %(default)s)",
-    )
+    command.add_backend_options(p)
     synthetic = p.add_argument_group(
         "synthetic models",
         "All but --layers are for --fits, too, which has a configuration for each of 1.5, 2, 3 and 4 bits "

@@ -107,13 +107,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         help="threads (default: one for each physical core)",
     )
-    p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    p.add_argument("--kv-type", default="f16", help="KV cache in f16, f32 or q8_0 (default: %(default)s)")
-    p.add_argument(
-        "--precision",
-        default="auto",
-        help="auto: prompts in 16-bit integers where that pays; f32: all in float32 (default: %(default)s)",
-    )
+    command.add_backend_options(p)
     sampling = p.add_argument_group("sampling")
     sampling.add_argument(
         "--temp", metavar="T", type=float, default=0.8, help="0 is greedy (default: %(default)s)"

@@ -1,9 +1,10 @@
-"""What the commands have in common: their streams, how they end, their version."""
+"""What the commands have in common: the options of a backend, their streams, how they end, their version."""
 
 from __future__ import annotations
 
 import os
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,19 @@ from vptq_runtime.errors import OptionError, VPTQError
 
 class UsageError(OptionError):
     """A value on the command line that is out of range, whatever the files are."""
+
+
+def add_backend_options(parser: ArgumentParser) -> None:
+    """What a model runs on, and in what numbers."""
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument(
+        "--kv-type", default="f16", help="KV cache in f16, f32 or q8_0 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        help="auto: prompts in 16-bit integers where that pays; f32: all in float32 (default: %(default)s)",
+    )
 
 
 def run(name: str, body: Callable[[], object]) -> int:

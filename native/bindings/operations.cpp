@@ -65,7 +65,7 @@ class Operations {
     expect(x.ndim() == 2 && x.shape(0) >= 1, "x: expected shape (n, in_features)");
     expect(n_i16 >= 0 && size_t(n_i16) <= x.shape(0), "n_i16: expected 0 to n");
     const Layer layer(tensors, int(x.shape(1)), out_features);
-    const auto ready = backend_.linear(layer.weights());
+    const auto ready = backend_.linear(layer.weights(), n_i16 > 0);
     Array2 y = new_array(x.shape(0), out_features);
     backend_.apply({{*ready, y.data()}}, x.data(), int(x.shape(0)), n_i16);
     return y;
@@ -75,7 +75,7 @@ class Operations {
   std::vector<double> time_linear(const RawTensors& tensors, int out_features, const In& x, int repetitions) {
     expect(x.ndim() == 2 && x.shape(0) >= 1, "x: expected shape (n, in_features)");
     const Layer layer(tensors, int(x.shape(1)), out_features);
-    const auto ready = backend_.linear(layer.weights());
+    const auto ready = backend_.linear(layer.weights(), false);
     const Array2 y = new_array(x.shape(0), out_features);
     std::vector<double> seconds;
     for (int i = 0; i < repetitions; ++i) {
@@ -91,7 +91,8 @@ class Operations {
     expect(x.ndim() == 2 && x.shape(0) >= 1, "x: expected shape (n, in_features)");
     const int n = int(x.shape(0)), in = int(x.shape(1));
     const Layer a(tensors[0], in, out[0]), b(tensors[1], in, out[1]), c(tensors[2], in, out[2]);
-    const auto la = backend_.linear(a.weights()), lb = backend_.linear(b.weights()), lc = backend_.linear(c.weights());
+    const auto la = backend_.linear(a.weights(), false), lb = backend_.linear(b.weights(), false),
+               lc = backend_.linear(c.weights(), false);
     std::array<Array2, 3> y{new_array(n, out[0]), new_array(n, out[1]), new_array(n, out[2])};
     backend_.apply({{*la, y[0].data()}, {*lb, y[1].data()}, {*lc, y[2].data()}}, x.data(), n, 0);
     return y;

@@ -40,16 +40,16 @@ struct Batch {
   std::vector<int32_t> first_block;  // (n_sequences)
   std::vector<std::byte*> blocks;
   std::vector<int32_t> outputs;  // the tokens, by index, ascending, whose logits are wanted
-  int n_i16 = 0;                 // the first so many tokens: their linear layers may be in 16-bit integers
+  int n_prompt = 0;              // the first so many tokens are parts of prompts
 
   int n() const { return static_cast<int>(tokens.size()); }
 
   // Forgets the tokens whose logits are not wanted.
   void keep_outputs() {
-    int n_i16_kept = 0;
+    int n_prompt_kept = 0;
     for (size_t i = 0; i < outputs.size(); ++i) {
       const int32_t t = outputs[i];
-      n_i16_kept += t < n_i16;
+      n_prompt_kept += t < n_prompt;
       tokens[i] = tokens[t];
       positions[i] = positions[t];
       sequences[i] = sequences[t];
@@ -58,7 +58,7 @@ struct Batch {
     tokens.resize(outputs.size());
     positions.resize(outputs.size());
     sequences.resize(outputs.size());
-    n_i16 = n_i16_kept;
+    n_prompt = n_prompt_kept;
   }
 };
 
@@ -86,7 +86,8 @@ class Backend {
   virtual std::byte* allocate(size_t bytes, const std::string& what) = 0;
 
   // Weights made ready for the operations below. The model outlives the backend: a backend may use them in place.
-  virtual std::unique_ptr<Linear> linear(const LinearWeights& weights) = 0;
+  // i16: to be applied to prompts in 16-bit integers, where these weights allow it.
+  virtual std::unique_ptr<Linear> linear(const LinearWeights& weights, bool i16) = 0;
   virtual Tensor table(const Tensor& weights) = 0;         // (rows, features), for embed
   virtual const float* vector(const Tensor& weights) = 0;  // as float32
   virtual const float* vector(const std::vector<float>& values) = 0;
@@ -95,8 +96,8 @@ class Backend {
   virtual void embed(const Batch& batch, const Tensor& table, float* x) = 0;
   // out = x / sqrt(mean(x^2) + eps) * weight, over rows of d
   virtual void rms_norm(const float* x, int n, int d, const float* weight, float eps, float* out) = 0;
-  // All of these layers on the same x (n, in_features); for the first n_i16 tokens 16-bit integers will do.
-  virtual void apply(std::initializer_list<Projection> projections, const float* x, int n, int n_i16) = 0;
+  // All of these layers on the same x (n, in_features), whose first n_prompt tokens are parts of prompts.
+  virtual void apply(std::initializer_list<Projection> projections, const float* x, int n, int n_prompt) = 0;
   // Rotates x (n, n_head, head_dim): the pair (i, i + head_dim / 2) by the angle position * inv_freq[i].
   virtual void rope(const Batch& batch, int n_head, int head_dim, const float* inv_freq, float* x) = 0;
   // Puts k and v (n, n_head_kv, head_dim) into the cache at the tokens' positions.

@@ -29,9 +29,9 @@ struct Context::State {
               KvLayout{model->hyperparameters().n_layer, model->hyperparameters().n_head_kv,
                        model->hyperparameters().head_dim, kv_type},
               n_ctx) {
-    i16 = options.precision == "auto" && backend->i16_pays();
     cache.check_memory(n_ctx);
-    transformer = std::make_unique<Transformer>(*model, *backend, kMaxBatch);
+    transformer =
+        std::make_unique<Transformer>(*model, *backend, kMaxBatch, options.precision == "auto" && backend->i16_pays());
   }
 
   void forward(std::span<const Feed> feeds, Want want, float* logits) {
@@ -65,7 +65,7 @@ struct Context::State {
     for (const bool prompt : {true, false}) {
       for (size_t s = 0; s < feeds.size(); ++s)
         if (feeds[s].prompt == prompt) append(feeds[s], s, want);
-      if (prompt) batch.n_i16 = i16 ? batch.n() : 0;
+      if (prompt) batch.n_prompt = batch.n();
     }
   }
 
@@ -115,7 +115,6 @@ struct Context::State {
 
   std::shared_ptr<const Model> model;
   int n_ctx;
-  bool i16;  // prompts in 16-bit integers
   std::unique_ptr<Backend> backend;
   KvCache cache;
   std::unique_ptr<Transformer> transformer;

@@ -10,7 +10,8 @@ namespace vptq {
 
 class Transformer {
  public:
-  Transformer(const Model& model, Backend& backend, int max_tokens);
+  // i16: prompts go through the layers in 16-bit integers.
+  Transformer(const Model& model, Backend& backend, int max_tokens, bool i16);
 
   // Stores the batch's keys and values into the cache and puts the logits of batch.outputs into
   // logits (n_outputs, n_vocab). At most max_tokens tokens; of the batch only the outputs are left.

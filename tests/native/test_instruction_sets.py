@@ -2,42 +2,41 @@
 
 import numpy as np
 import pytest
+from layer_tensors import DTYPES
 from numpy.typing import NDArray
 
 from vptq_runtime import _native, demo_path
 
-ISAS = _native.cpu_isas()
-F32, F16, Q8_0, BF16 = 0, 1, 8, 30  # GGUF's numbers
 ALL_16_BITS = np.arange(1 << 16).astype(np.uint16)
 
 
-def embed(isa: str, dtype: int, data: NDArray[np.generic], n: int) -> NDArray[np.float32]:
-    rows = data.size // n if dtype != Q8_0 else data.size // (34 * n // 32)
-    table = (dtype, [rows, n], data.tobytes())
+def embed(isa: str, dtype: str, data: NDArray[np.generic], n: int) -> NDArray[np.float32]:
+    rows = data.size // n if dtype != "q8_0" else data.size // (34 * n // 32)
+    table = (DTYPES[dtype], [rows, n], data.tobytes())
     return _native.Operations(isa, 1).embed(table, range(rows))
 
 
 @pytest.mark.parametrize("n", [64, 16, 8, 1])
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", _native.cpu_isas())
 def test_every_half_float(isa: str, n: int) -> None:
     with np.errstate(invalid="ignore"):  # NaN
         expected = ALL_16_BITS.view(np.float16).astype(np.float32)
-    np.testing.assert_array_equal(embed(isa, F16, ALL_16_BITS, n).ravel(), expected)
+    np.testing.assert_array_equal(embed(isa, "f16", ALL_16_BITS, n).ravel(), expected)
     expected = (ALL_16_BITS.astype(np.uint32) << 16).view(np.float32)
-    np.testing.assert_array_equal(embed(isa, BF16, ALL_16_BITS, n).ravel(), expected)
+    np.testing.assert_array_equal(embed(isa, "bf16", ALL_16_BITS, n).ravel(), expected)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", _native.cpu_isas())
 def test_every_quantised_weight(isa: str) -> None:
     blocks = np.zeros((8, 34), np.uint8)
     blocks[:, :2] = np.array([1.5, -0.25, 2**-24, 65504, 0, 1, 3, 7], "<f2")[:, None].view(np.uint8)
     blocks[:, 2:] = np.arange(256).reshape(8, 32)
     scale = blocks[:, :2].copy().view("<f2").astype(np.float32)
     expected = scale * blocks[:, 2:].view(np.int8).astype(np.float32)
-    np.testing.assert_array_equal(embed(isa, Q8_0, blocks, 64).ravel(), expected.ravel())
+    np.testing.assert_array_equal(embed(isa, "q8_0", blocks, 64).ravel(), expected.ravel())
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", _native.cpu_isas())
 def test_rounding_to_half_floats(isa: str) -> None:
     """What an f16 cache makes of a lone token's value, which attention returns.
 
@@ -69,7 +68,7 @@ def logits(isa: str, kv_type: str, monkeypatch: pytest.MonkeyPatch) -> NDArray[n
 
 
 @pytest.mark.parametrize(("kv_type", "bound"), [("f32", 1e-5), ("f16", 1e-3)])
-@pytest.mark.parametrize("isa", ISAS[:-1])
+@pytest.mark.parametrize("isa", _native.cpu_isas()[:-1])
 def test_a_whole_model(isa: str, kv_type: str, bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The generic kernels round product and sum, the others only the sum; an f16 cache makes more of it."""
     expected = logits("generic", kv_type, monkeypatch)

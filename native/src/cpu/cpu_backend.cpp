@@ -57,13 +57,13 @@ const float* CpuBackend::vector(const std::vector<float>& values) {
   return out;
 }
 
-std::unique_ptr<Linear> CpuBackend::linear(const LinearWeights& w) {
+std::unique_ptr<Linear> CpuBackend::linear(const LinearWeights& w, bool i16) {
   const auto optional = [this](const Tensor* t) { return t ? vector(*t) : nullptr; };
   const float* bias = optional(w.bias);
   if (std::holds_alternative<DenseWeights>(w.weights)) return std::make_unique<DenseLinear>(kernels_, w, bias);
   const auto& vptq = std::get<VptqWeights>(w.weights);
   const VptqNorms norms{optional(vptq.scale), optional(vptq.shift), optional(vptq.out_scale), optional(vptq.out_shift)};
-  return std::make_unique<VptqLinear>(kernels_, w, norms, bias);
+  return std::make_unique<VptqLinear>(kernels_, w, norms, bias, i16);
 }
 
 void CpuBackend::embed(const Batch& batch, const Tensor& table, float* x) {
@@ -77,8 +77,8 @@ void CpuBackend::rms_norm(const float* x, int n, int d, const float* weight, flo
   });
 }
 
-void CpuBackend::apply(std::initializer_list<Projection> projections, const float* x, int n, int n_i16) {
-  const Activations activations{x, n, n_i16};
+void CpuBackend::apply(std::initializer_list<Projection> projections, const float* x, int n, int n_prompt) {
+  const Activations activations{x, n, n_prompt};
   shares_.clear();
   size_t prepared_size = 0;
   int64_t n_units = 0, n_rows = 0;

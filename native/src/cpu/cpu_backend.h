@@ -23,14 +23,14 @@ class CpuBackend : public Backend {
   bool i16_pays() const override { return kernels_.i16_pays; }
   std::byte* allocate(size_t bytes, const std::string& what) override;
 
-  std::unique_ptr<Linear> linear(const LinearWeights& weights) override;
+  std::unique_ptr<Linear> linear(const LinearWeights& weights, bool i16) override;
   Tensor table(const Tensor& weights) override { return weights; }
   const float* vector(const Tensor& weights) override;
   const float* vector(const std::vector<float>& values) override;
 
   void embed(const Batch& batch, const Tensor& table, float* x) override;
   void rms_norm(const float* x, int n, int d, const float* weight, float eps, float* out) override;
-  void apply(std::initializer_list<Projection> projections, const float* x, int n, int n_i16) override;
+  void apply(std::initializer_list<Projection> projections, const float* x, int n, int n_prompt) override;
   void rope(const Batch& batch, int n_head, int head_dim, const float* inv_freq, float* x) override;
   void store_kv(const Batch& batch, const KvLayout& layout, int layer, const float* k, const float* v) override;
   void attention(const Batch& batch, const KvLayout& layout, int layer, int n_head, int window, const float* q,

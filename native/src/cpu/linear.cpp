@@ -27,12 +27,14 @@ void DenseLinear::rows(const Activations& x, const float*, int begin, int end, f
   for (int t = 0; t < x.n; ++t) kernels_.add(y + int64_t{t} * out_features + begin, bias_ + begin, end - begin);
 }
 
-VptqLinear::VptqLinear(const Kernels& kernels, const LinearWeights& weights, const VptqNorms& norms, const float* bias)
+VptqLinear::VptqLinear(const Kernels& kernels, const LinearWeights& weights, const VptqNorms& norms, const float* bias,
+                       bool i16)
     : CpuLinear(kernels, weights.in_features, weights.out_features,
                 vptq_unit(kernels, std::get<VptqWeights>(weights.weights)), bias),
       columns_(std::get<VptqWeights>(weights.weights).columns),
       perm_(std::get<VptqWeights>(weights.weights).perm),
       norms_(norms) {
+  if (!i16) return;
   for (const VqColumns& c : columns_) {
     words_ += kernels.i16_size(c);
     std::vector<float>& steps = w_steps_.emplace_back();

@@ -13,7 +13,7 @@ namespace vptq::cpu {
 struct Activations {
   const float* x;  // (n, in_features)
   int n;
-  int n_i16;  // the first so many tokens may be computed in 16-bit integers
+  int n_prompt;  // the first so many tokens are parts of prompts
 };
 
 class CpuLinear : public Linear {
@@ -58,7 +58,7 @@ struct VptqNorms {
 // sum_i x_i.
 class VptqLinear : public CpuLinear {
  public:
-  VptqLinear(const Kernels& kernels, const LinearWeights& weights, const VptqNorms& norms, const float* bias);
+  VptqLinear(const Kernels& kernels, const LinearWeights& weights, const VptqNorms& norms, const float* bias, bool i16);
 
   int64_t prepared_size(const Activations& x) const override;
   void prepare(const Activations& x, int t, float* prepared) const override;
@@ -70,12 +70,12 @@ class VptqLinear : public CpuLinear {
   // shifts add to every output of a token (n); from first_word(n) on the first tokens' x in 16 bits (n_i16, words_).
   int64_t first_offset(int n) const { return gathers() ? int64_t{n} * in_features : 0; }
   int64_t first_word(int n) const { return first_offset(n) + (norms_.shift || norms_.out_shift ? n : 0); }
-  int n_i16(const Activations& x) const { return words_ ? x.n_i16 : 0; }
+  int n_i16(const Activations& x) const { return words_ ? x.n_prompt : 0; }
   void finish(const float* offsets, int n, int begin, int end, float* y) const;
 
   std::vector<VqColumns> columns_;
   std::vector<std::vector<float>> w_steps_;  // of each columns' codebooks, for 16 bits
-  int64_t words_ = 0;  // of a token's x in 16 bits; 0: these weights need more than 16 bits, or have no kernel for them
+  int64_t words_ = 0;                        // of a token's x in 16 bits; 0: not wanted, or not for these weights
   const uint16_t* perm_;
   VptqNorms norms_;
 };

@@ -15,7 +15,7 @@ struct Tile {
 };
 
 // sums[r][sums_first + c] += sum_j x[r][x_first + j] w[j][c], for T rows r, j in [begin, end) and the kBlock columns c
-// Inlined by force for the reason that vq_token_blocks has.
+// Inlined by force for the reason that vq_few_blocks has.
 template <int T, class Matrix>
 [[gnu::always_inline]] inline void multiply_add(const float* const* x, int x_first, const Matrix& w, int begin, int end,
                                                 float* const* sums, int sums_first) {

@@ -101,6 +101,17 @@ class Codebook {
     });
   }
 
+  // The same in the N blocks from `block` on, of which n_blocks are there: the last one again for those that are not.
+  template <int N>
+  [[gnu::always_inline]] void find(const Unpacker& unpack, const VqColumns& c, int group, int block, int n_blocks,
+                                   int j0, int n, Offsets<Residual> (&offsets)[N]) const {
+    for (int b = 0; b < N; ++b) {
+      const int there = block + (b < n_blocks ? b : n_blocks - 1);
+      find(unpack, index_row(c, group, there), c.row_bytes, j0, n, offsets[b]);
+      prefetch_indices(c, group, there, j0, n, N);
+    }
+  }
+
   // Column j's weights in B::kCount blocks.
   template <class B>
   [[gnu::always_inline]] typename B::Sums look_up(const Offsets<Residual>* offsets, int j) const {

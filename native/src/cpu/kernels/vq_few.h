@@ -32,11 +32,7 @@ template <int T, int R, int V, class Centroids, bool Residual>
     const float* xq = x + int64_t{q} * c.group_size;
     for (int j0 = 0; j0 < c.group_size; j0 += kTileColumns) {
       const int n = c.group_size - j0 < kTileColumns ? c.group_size - j0 : kTileColumns;
-      for (int b = 0; b < kBlocks; ++b) {
-        const int there = block + (b < n_blocks ? b : n_blocks - 1);  // the last one again, where there are not so many
-        codebook.find(unpack, index_row(c, q, there), c.row_bytes, j0, n, offsets[b]);
-        prefetch_indices(c, q, there, j0, n, kBlocks);
-      }
+      codebook.find(unpack, c, q, block, n_blocks, j0, n, offsets);
       for (int j = 0; j < n; ++j) {
         Sums xj[T];
         for (int t = 0; t < T; ++t) xj[t] = Sums::broadcast(xq[t * x_stride + j0 + j]);

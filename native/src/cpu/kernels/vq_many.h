@@ -88,11 +88,7 @@ void vq_tile_rows(const VqColumns& c, const X& x, int n_tokens, int block, int n
     const Codebook<V, Centroids, Residual> codebook(c, q);
     for (int j0 = 0; j0 < c.group_size; j0 += kTileColumns) {
       const int n = c.group_size - j0 < kTileColumns ? c.group_size - j0 : kTileColumns;
-      for (int b = 0; b < kBlocks; ++b) {
-        const int there = block + (b < n_blocks ? b : n_blocks - 1);  // the last one again, where there are not so many
-        codebook.find(unpack, index_row(c, q, there), c.row_bytes, j0, n, offsets[b]);
-        prefetch_indices(c, q, there, j0, n, kBlocks);
-      }
+      codebook.find(unpack, c, q, block, n_blocks, j0, n, offsets);
       // The weights of the tile's columns [begin, end), rows side by side.
       const auto look_up = [&](int begin, int end, float (*w)[kRows]) {
         using B = GaplessBlocks<V>;
