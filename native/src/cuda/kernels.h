@@ -1,0 +1,82 @@
+// The kernels, as the host calls them. They take device memory and a stream, allocate nothing and wait for nothing, so
+// that another engine can call them and a graph can record them. Activations are float32, row-major (n_tokens,
+// features). What a token gets depends on that token alone: neither on its place in the batch nor on n.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "backend.h"
+#include "cuda/runtime.h"
+#include "vptq/model.h"
+
+namespace vptq::cuda {
+
+// A Batch in device memory. What a kernel launches depends on n, n_prompt and n_outputs only, never on what the arrays
+// hold: a graph recorded for one batch runs the next one.
+struct DeviceBatch {
+  const int32_t* tokens;       // (n)
+  const int32_t* positions;    // (n)
+  const int32_t* sequences;    // (n) index into first_block
+  const int32_t* first_block;  // (n_sequences)
+  std::byte* const* blocks;
+  const int32_t* outputs;  // (n_outputs) indices of tokens, ascending
+  int n, n_prompt, n_outputs;
+};
+
+// x[t] = table[tokens[t]]; table (rows, d): F32, F16, BF16 or Q8_0, in device memory
+void embed(const DeviceBatch& batch, const Tensor& table, int d, float* x, Stream stream);
+// out = x / sqrt(mean(x^2) + eps) * weight, over rows of d
+void rms_norm(const float* x, int n, int d, const float* weight, float eps, float* out, Stream stream);
+void rope(const DeviceBatch& batch, int n_head, int head_dim, const float* inv_freq, float* x, Stream stream);
+void swiglu(float* gate, const float* up, size_t n, Stream stream);  // gate = silu(gate) * up
+void add(float* x, const float* y, size_t n, Stream stream);         // x += y
+// out[i] = x[outputs[i]], rows of d
+void select(const DeviceBatch& batch, int d, const float* x, float* out, Stream stream);
+
+void store_kv(const DeviceBatch& batch, const KvLayout& layout, int layer, const float* k, const float* v,
+              Stream stream);
+// Floats of workspace that attention() needs for n tokens.
+size_t attention_workspace(int n, int n_head, int head_dim);
+// As Backend::attention. Tokens [0, n_prompt) are parts of prompts: their sequences' neighbours in the batch share
+// keys.
+void attention(const DeviceBatch& batch, const KvLayout& layout, int layer, int n_head, int window, const float* q,
+               float* out, float* workspace, Stream stream);
+
+// W (out_features, in_features), F32, F16, BF16 or Q8_0
+struct DenseLayer {
+  int in_features, out_features;
+  DType type;
+  const std::byte* weight;
+  const float* bias;  // (out_features) or nullptr
+};
+
+// VptqWeights with device pointers; the vectors of norms are float32.
+struct VqLayer {
+  int in_features, out_features;
+  int n_columns;                       // 1 or 2
+  VqColumns columns[2];                // the outliers first, if any
+  const uint16_t* perm;                // (in_features) or nullptr
+  const float *scale, *shift;          // (in_features) or nullptr
+  const float *out_scale, *out_shift;  // (out_features) or nullptr
+  const float* bias;                   // (out_features) or nullptr
+};
+
+// y (n, out_features) = W x + bias in float32, for tokens of any number; fast for up to kFewTokens.
+inline constexpr int kFewTokens = 8;
+void dense_few(const DenseLayer& w, const float* x, int n, float* y, Stream stream);
+// The plain kernel, the reference of the others: indices as in the file, centroids gathered from L2.
+// Up to three layers on the same x in one launch.
+struct VqUse {
+  VqLayer layer;
+  float* y;
+};
+void vq_few(const VqUse* uses, int n_uses, const float* x, int n, Stream stream);
+
+// y = W x + bias for many tokens: f16 tensor-core products with float32 sums. x is rounded to f16 times a power of two
+// of each token; dense weights are rounded to f16, too; centroids are exact, a sum of two is rounded.
+size_t gemm_workspace(int n, int in_features);  // bytes
+void dense_many(const DenseLayer& w, const float* x, int n, float* y, void* workspace, Stream stream);
+void vq_many(const VqLayer& w, const float* x, int n, float* y, void* workspace, Stream stream);
+
+}  // namespace vptq::cuda
