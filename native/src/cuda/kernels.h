@@ -66,7 +66,8 @@ struct VqLayer {
 inline constexpr int kFewTokens = 8;
 void dense_few(const DenseLayer& w, const float* x, int n, float* y, Stream stream);
 // The plain kernel, the reference of the others: indices as in the file, centroids gathered from L2.
-// Up to three layers on the same x in one launch.
+// Up to kMaxUses layers on the same x in one launch.
+inline constexpr int kMaxUses = 3;
 struct VqUse {
   VqLayer layer;
   float* y;
