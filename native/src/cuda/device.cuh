@@ -39,10 +39,15 @@ VPTQ_DEVICE float half_to_float(uint16_t h) { return __half2float(__ushort_as_ha
 VPTQ_DEVICE float bf16_to_float(uint16_t h) { return __uint_as_float(uint32_t{h} << 16); }
 VPTQ_DEVICE uint16_t float_to_half(float f) { return __half_as_ushort(__float2half_rn(f)); }  // to nearest even
 VPTQ_DEVICE float2 halves_to_floats(uint32_t h) { return __half22float2(*reinterpret_cast<const __half2*>(&h)); }
+VPTQ_DEVICE float float_from_bits(uint32_t bits) { return __uint_as_float(bits); }
+VPTQ_DEVICE uint32_t bits_of(float f) { return __float_as_uint(f); }
 VPTQ_DEVICE uint32_t add_halves(uint32_t a, uint32_t b) {
   const __half2 sum = __hadd2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
   return *reinterpret_cast<const uint32_t*>(&sum);
 }
+
+// Four of the eight bytes of b:a, counted from a's lowest: the one that each hexadecimal digit of `digits` names.
+VPTQ_DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t digits) { return __byte_perm(a, b, digits); }
 
 // Loads of what is read once: past L1, first to be evicted.
 VPTQ_DEVICE uint4 load_once(const uint4* p) { return __ldcs(p); }

@@ -1,0 +1,200 @@
+// y = W x + bias for a few tokens: bound by reading W once.
+//
+// A warp takes kRows rows. Their bytes stream through shared memory a segment at a time, copied in the background as
+// whole 16-byte words wherever a row begins (Q8_0: 34 bytes a block); from there each lane picks four bytes of weights
+// at a time, 1, 2 or 4 of them by type. One or two segments are on their way while one is multiplied, 2 KB each: a
+// multiprocessor needs some 25 KB in flight to keep up with 4.3 TB/s, and has 16 to 32 warps. x comes through L1: a
+// block's warps go through the columns together, so that it comes from L2 once a block.
+//
+// A lane adds up its columns in ascending order, then the lanes are added up as a tree: the same for any kTokens.
+#include "cuda/device.cuh"
+#include "cuda/kernels.h"
+#include "cuda/launch.cuh"
+
+namespace vptq::cuda {
+namespace {
+
+constexpr int kWarpSegmentBytes = 2 * 1088;
+
+// What a block takes at a time. More tokens: more rows that share the loads of x, which are then 4 kTokens bytes a
+// column for one or so of weights.
+template <int kTokens>
+struct Block {
+  static constexpr int kRows = kTokens <= 2 ? 2 : 4;   // a warp
+  static constexpr int kWarps = kTokens <= 2 ? 4 : 8;  // together less than 48 KiB
+  static constexpr int kSegments =
+      kTokens <= 2 ? 3 : 2;  // of each row in shared memory: one in use, the others on their way
+};
+
+// The four bytes from `byte` on, an even number.
+VPTQ_DEVICE uint32_t word_at(const uint32_t* words, int byte) {
+  const uint64_t both = uint64_t{words[byte / 4 + 1]} << 32 | words[byte / 4];
+  return static_cast<uint32_t>(both >> (byte % 4 * 8));
+}
+
+// How the weights of a row lie in memory. A step is what a warp takes at a time: kColumns columns a lane.
+// load(): those of this lane, from byte `step` of the segment on.
+struct F32Row {
+  static constexpr int kColumns = 1, kStepBytes = kWarp * 4;
+  VPTQ_DEVICE static void load(const uint32_t* words, int step, int lane, float (&w)[kColumns]) {
+    w[0] = float_from_bits(words[step / 4 + lane]);
+  }
+};
+struct F16Row {
+  static constexpr int kColumns = 2, kStepBytes = kWarp * 4;
+  VPTQ_DEVICE static void load(const uint32_t* words, int step, int lane, float (&w)[kColumns]) {
+    const float2 pair = halves_to_floats(word_at(words, step + 4 * lane));
+    w[0] = pair.x;
+    w[1] = pair.y;
+  }
+};
+struct Bf16Row {
+  static constexpr int kColumns = 2, kStepBytes = kWarp * 4;
+  VPTQ_DEVICE static void load(const uint32_t* words, int step, int lane, float (&w)[kColumns]) {
+    const uint32_t pair = word_at(words, step + 4 * lane);
+    w[0] = float_from_bits(pair << 16);
+    w[1] = float_from_bits(pair & 0xffff0000u);
+  }
+};
+struct Q8Row {
+  static constexpr int kColumns = 4, kStepBytes = kWarp * kColumns / kQ8Block * kQ8BlockBytes;
+  VPTQ_DEVICE static void load(const uint32_t* words, int step, int lane, float (&w)[kColumns]) {
+    const int block = step + lane / 8 * kQ8BlockBytes;
+    const float scale = half_to_float(reinterpret_cast<const uint16_t*>(words)[block / 2]);
+    // The byte q + 128 under the exponent of 2^23 is the float 2^23 + 128 + q: a byte move and an exact subtraction,
+    // where a conversion would take one of the few units for those.
+    const uint32_t bytes = word_at(words, block + 2 + lane % 8 * 4) ^ 0x80808080u;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i)
+      w[i] = scale * (float_from_bits(pick_bytes(bytes, 0x4b000000u, 0x7540 + i)) - 8388736.0f);
+  }
+};
+
+struct Matrix {
+  const std::byte* weight;
+  int64_t row_bytes;
+  int in_features, out_features;
+};
+
+// Starts to copy bytes [begin, end) of the matrix, which is aligned to 16, as the 16-byte words that hold them. The
+// last word of the matrix may not be whole: it goes by twos.
+VPTQ_DEVICE void copy_segment(const Matrix& w, int64_t begin, int64_t end, int lane, uint4* segment) {
+  const int64_t matrix_end = w.row_bytes * w.out_features;
+  const int64_t first = begin & ~int64_t{15};
+  for (int64_t at = first + lane * 16; at < end; at += kWarp * 16) {
+    uint4* to = segment + (at - first) / 16;
+    if (at + 16 <= matrix_end) {
+      copy_async(to, w.weight + at);
+    } else {
+      for (int i = 0; at + 2 * i < matrix_end; ++i)
+        reinterpret_cast<uint16_t*>(to)[i] = reinterpret_cast<const uint16_t*>(w.weight + at)[i];
+    }
+  }
+}
+
+template <class Row, int kTokens>
+__global__ void __launch_bounds__(Block<kTokens>::kWarps* kWarp, 2)
+    dense_few_kernel(Matrix w, const float* __restrict__ bias, const float* __restrict__ x, int n,
+                     float* __restrict__ y) {
+  constexpr int kRows = Block<kTokens>::kRows, kWarps = Block<kTokens>::kWarps, kSegments = Block<kTokens>::kSegments;
+  constexpr int kColumns = Row::kColumns, kStep = kWarp * kColumns;
+  constexpr int kSteps = kWarpSegmentBytes / kRows / Row::kStepBytes;
+  constexpr int kSegmentWords = kSteps * Row::kStepBytes / 16 + 2;  // 16 bytes; more where rows begin inside a word
+  __shared__ uint4 shared[kWarps][kSegments][kRows][kSegmentWords];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t first_row = (int64_t{blockIdx.x} * kWarps + warp) * kRows;
+
+  int64_t row_begin[kRows];  // past the last row: that one again
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+    row_begin[r] = (first_row + r < w.out_features ? first_row + r : w.out_features - 1) * w.row_bytes;
+  const auto copy = [&](int segment) {
+    const int64_t begin = int64_t{segment} * (kSteps * Row::kStepBytes);
+    const int64_t end = begin + kSteps * Row::kStepBytes;
+    if (begin < w.row_bytes)
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        copy_segment(w, row_begin[r] + begin, row_begin[r] + (end < w.row_bytes ? end : w.row_bytes), lane,
+                     shared[warp][segment % kSegments][r]);
+    commit_copies();
+  };
+
+  float sum[kTokens][kRows] = {};
+  const int n_segments = (w.in_features + kSteps * kStep - 1) / (kSteps * kStep);
+  for (int s = 0; s < kSegments - 1; ++s) copy(s);
+  for (int s = 0; s < n_segments; ++s) {
+    wait_copies<kSegments - 2>();
+    sync_block();  // this segment is there for all lanes, and they have done with the one before it
+    copy(s + kSegments - 1);
+#pragma unroll 2
+    for (int step = 0; step < kSteps; ++step) {
+      const int column = (s * kSteps + step) * kStep + lane * kColumns;
+      if (column >= w.in_features) break;
+      float xs[kTokens][kColumns], ws[kRows][kColumns];
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        const float* xt = x + int64_t{t < n ? t : n - 1} * w.in_features + column;
+        if constexpr (kColumns == 4) {
+          const float4 four = *reinterpret_cast<const float4*>(xt);
+          xs[t][0] = four.x, xs[t][1] = four.y, xs[t][2] = four.z, xs[t][3] = four.w;
+        } else {
+#pragma unroll
+          for (int i = 0; i < kColumns; ++i) xs[t][i] = column + i < w.in_features ? xt[i] : 0.0f;
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const auto* segment = reinterpret_cast<const uint32_t*>(shared[warp][s % kSegments][r]);
+        Row::load(segment, static_cast<int>(row_begin[r] % 16) + step * Row::kStepBytes, lane, ws[r]);
+        if (kColumns == 2 && column + 1 >= w.in_features) ws[r][kColumns - 1] = 0;  // the next row's
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t)
+#pragma unroll
+          for (int i = 0; i < kColumns; ++i) sum[t][r] = fmaf(xs[t][i], ws[r][i], sum[t][r]);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t)
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int mask = kWarp / 2; mask > 0; mask /= 2) sum[t][r] += shuffle_xor(sum[t][r], mask);
+      const int64_t row = first_row + r;
+      if (lane == r && t < n && row < w.out_features)
+        y[int64_t{t} * w.out_features + row] = bias ? sum[t][r] + bias[row] : sum[t][r];
+    }
+}
+
+template <class Row, int kTokens>
+void run(const Matrix& w, const float* bias, const float* x, int n, float* y, Stream stream) {
+  using B = Block<kTokens>;
+  constexpr int kBlockRows = B::kWarps * B::kRows;
+  const auto blocks = static_cast<unsigned>((w.out_features + kBlockRows - 1) / kBlockRows);
+  launch(dense_few_kernel<Row, kTokens>, {dim3(blocks), dim3(B::kWarps * kWarp)}, stream, w, bias, x, n, y);
+}
+
+template <class Row>
+void run(const DenseLayer& layer, int64_t row_bytes, const float* x, int n, float* y, Stream stream) {
+  const Matrix w{layer.weight, row_bytes, layer.in_features, layer.out_features};
+  for (int t = 0; t < n; t += kFewTokens) {
+    const int tokens = n - t < kFewTokens ? n - t : kFewTokens;
+    const auto kernel = tokens == 1 ? run<Row, 1> : tokens == 2 ? run<Row, 2> : tokens <= 4 ? run<Row, 4> : run<Row, 8>;
+    kernel(w, layer.bias, x + int64_t{t} * layer.in_features, tokens, y + int64_t{t} * layer.out_features, stream);
+  }
+}
+
+}  // namespace
+
+void dense_few(const DenseLayer& w, const float* x, int n, float* y, Stream stream) {
+  const int64_t in = w.in_features;
+  switch (w.type) {
+    case DType::f16: return run<F16Row>(w, 2 * in, x, n, y, stream);
+    case DType::bf16: return run<Bf16Row>(w, 2 * in, x, n, y, stream);
+    case DType::q8_0: return run<Q8Row>(w, in / kQ8Block * kQ8BlockBytes, x, n, y, stream);
+    default: return run<F32Row>(w, 4 * in, x, n, y, stream);
+  }
+}
+
+}  // namespace vptq::cuda
