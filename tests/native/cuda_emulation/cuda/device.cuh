@@ -58,9 +58,18 @@ VPTQ_DEVICE uint16_t float_to_half(float f) { return emulation::float_to_half(f)
 VPTQ_DEVICE float2 halves_to_floats(uint32_t h) {
   return {half_to_float(static_cast<uint16_t>(h)), half_to_float(static_cast<uint16_t>(h >> 16))};
 }
+VPTQ_DEVICE float float_from_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
+VPTQ_DEVICE uint32_t bits_of(float f) { return std::bit_cast<uint32_t>(f); }
 VPTQ_DEVICE uint32_t add_halves(uint32_t a, uint32_t b) {
   const float2 x = halves_to_floats(a), y = halves_to_floats(b);
   return float_to_half(x.x + y.x) | uint32_t{float_to_half(x.y + y.y)} << 16;
+}
+
+VPTQ_DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t digits) {
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  uint32_t picked = 0;
+  for (int i = 0; i < 4; ++i) picked |= static_cast<uint32_t>(bytes >> (digits >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return picked;
 }
 
 VPTQ_DEVICE uint4 load_once(const uint4* p) { return *p; }
