@@ -273,7 +273,7 @@ void sync_block() {
   wait();
 }
 
-const std::byte* exchange(const char* operation, const void* own, size_t bytes) {
+const std::byte* exchange(const char* operation, const void* own, size_t bytes, void (*combine)(std::byte*)) {
   Thread& self = *m.current;
   Warp& warp = warp_of(self);
   if (~warp.lanes) fail("an operation of whole warps in a warp of fewer lanes");
@@ -286,6 +286,7 @@ const std::byte* exchange(const char* operation, const void* own, size_t bytes) 
   warp.arrived |= 1u << lane();
   if (!~warp.arrived) {
     warp.arrived = 0;
+    if (combine) combine(deposits[0]);
     Thread* lanes = &m.threads[number(self) / kLanes * kLanes];
     for (int l = 0; l < kLanes; ++l) lanes[l].waits_for = nullptr;
     set_ready(number(self) / kLanes, ~0u);

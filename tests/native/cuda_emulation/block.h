@@ -27,9 +27,11 @@ std::byte* dynamic_shared();
 // Waits for all threads of the block that have not returned.
 void sync_block();
 // Waits for the warp's 32 lanes to come here, each with `bytes` bytes of its own (at most kDepositBytes), all for the
-// same `operation`. Lane l's are at [l * kDepositBytes] of what is returned, until the lane's next exchange.
-inline constexpr size_t kDepositBytes = 64;
-const std::byte* exchange(const char* operation, const void* own, size_t bytes);
+// same `operation`. Lane l's are at [l * kDepositBytes] of what is returned, until the lane's next exchange. When all
+// are there, `combine` may put something else in their place.
+inline constexpr size_t kDepositBytes = 32;
+const std::byte* exchange(const char* operation, const void* own, size_t bytes,
+                          void (*combine)(std::byte* deposits) = nullptr);
 int lane();
 // A copy of 16 bytes that becomes visible when it is waited for. Until then its place holds 0xff.
 void copy_async(void* to, const void* from);

@@ -12,6 +12,34 @@ namespace {
 // Lane l has, of each 8x8 matrix, row l / 4's elements 2 (l % 4) and the next one.
 constexpr int kLanesPerRow = 4;
 
+// Replaces every lane's fragments of a and b by its fragment of their product. a (16, 16) is four 8x8 matrices: rows 0
+// to 7 and 8 to 15 of columns 0 to 7, then of columns 8 to 15. b (16, 8) is two, transposed: a lane's elements are
+// neighbours in a column. The product is two, one below the other.
+void multiply(std::byte* deposits) {
+  float a[16][16], b[16][8], d[16][8] = {};
+  for (int l = 0; l < kLanes; ++l) {
+    const int row = l / kLanesPerRow, pair = l % kLanesPerRow * 2;
+    uint32_t fragments[6];
+    std::memcpy(fragments, deposits + static_cast<size_t>(l) * kDepositBytes, sizeof(fragments));
+    for (int j = 0; j < 2; ++j) {
+      const auto element = [&](int i) { return half_to_float(static_cast<uint16_t>(fragments[i] >> 16 * j)); };
+      for (int i = 0; i < 4; ++i) a[row + i % 2 * 8][pair + j + i / 2 * 8] = element(i);
+      for (int i = 0; i < 2; ++i) b[pair + j + i * 8][row] = element(4 + i);
+    }
+  }
+  for (int i = 0; i < 16; ++i) {
+    for (int k = 0; k < 16; ++k) {
+      for (int j = 0; j < 8; ++j) d[i][j] += a[i][k] * b[k][j];
+    }
+  }
+  for (int l = 0; l < kLanes; ++l) {
+    std::byte* to = deposits + static_cast<size_t>(l) * kDepositBytes;
+    const int row = l / kLanesPerRow, pair = l % kLanesPerRow * 2;
+    std::memcpy(to, &d[row][pair], 2 * sizeof(float));
+    std::memcpy(to + 2 * sizeof(float), &d[row + 8][pair], 2 * sizeof(float));
+  }
+}
+
 const uint16_t* checked_row(const uint16_t* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16) fail("load_matrices of a row that is not aligned to 16 bytes");
   return row;
@@ -19,36 +47,13 @@ const uint16_t* checked_row(const uint16_t* row) {
 
 }  // namespace
 
-// a (16, 16) is four 8x8 matrices: rows 0 to 7 and 8 to 15 of columns 0 to 7, then of columns 8 to 15. b (16, 8) is
-// two, transposed: a lane's elements are neighbours in a column.
 void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  struct Fragments {
-    float a[4][2], b[2][2];
-  };
-  static_assert(sizeof(Fragments) <= kDepositBytes);
-  Fragments own;
-  for (int i = 0; i < 4; ++i) {
-    own.a[i][0] = half_to_float(static_cast<uint16_t>(a[i]));
-    own.a[i][1] = half_to_float(static_cast<uint16_t>(a[i] >> 16));
-  }
-  for (int i = 0; i < 2; ++i) {
-    own.b[i][0] = half_to_float(static_cast<uint16_t>(b[i]));
-    own.b[i][1] = half_to_float(static_cast<uint16_t>(b[i] >> 16));
-  }
-  const std::byte* all = exchange("mma_f16", &own, sizeof(own));
-  const auto of = [&](int lane) {
-    return reinterpret_cast<const Fragments*>(all + static_cast<size_t>(lane) * kDepositBytes);
-  };
-  const int row = lane() / kLanesPerRow, column = lane() % kLanesPerRow * 2;
-  for (int i = 0; i < 4; ++i) {
-    float sum = 0;
-    for (int k = 0; k < 16; ++k) {
-      const int from = k % 8 / 2;
-      sum += of(row * kLanesPerRow + from)->a[i / 2 + k / 8 * 2][k % 2] *
-             of((column + i % 2) * kLanesPerRow + from)->b[k / 8][k % 2];
-    }
-    d[i] += sum;
-  }
+  const uint32_t own[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  static_assert(sizeof(own) <= kDepositBytes);
+  const std::byte* all = exchange("mma_f16", own, sizeof(own), multiply);
+  float product[4];
+  std::memcpy(product, all + static_cast<size_t>(lane()) * kDepositBytes, sizeof(product));
+  for (int i = 0; i < 4; ++i) d[i] += product[i];
 }
 
 void load_matrices(uint32_t (&r)[4], const uint16_t* row) {
