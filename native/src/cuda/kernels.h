@@ -36,12 +36,15 @@ void select(const DeviceBatch& batch, int d, const float* x, float* out, Stream 
 
 void store_kv(const DeviceBatch& batch, const KvLayout& layout, int layer, const float* k, const float* v,
               Stream stream);
+// Into how many parts a token's positions are split, to keep so many multiprocessors busy. It changes the order of the
+// sums, so it is to be one number for all uses.
+int attention_splits(int n_head_kv, int n_multiprocessors);
 // Floats of workspace that attention() needs for n tokens.
-size_t attention_workspace(int n, int n_head, int head_dim);
-// As Backend::attention. Tokens [0, n_prompt) are parts of prompts: their sequences' neighbours in the batch share
-// keys.
-void attention(const DeviceBatch& batch, const KvLayout& layout, int layer, int n_head, int window, const float* q,
-               float* out, float* workspace, Stream stream);
+size_t attention_workspace(int n, int n_head, int head_dim, int n_splits);
+// As Backend::attention. Tokens [0, n_prompt) are parts of prompts: they go through tensor cores, where the cache's
+// type and head_dim allow it.
+void attention(const DeviceBatch& batch, const KvLayout& layout, int layer, int n_head, int window, int n_splits,
+               const float* q, float* out, float* workspace, Stream stream);
 
 // W (out_features, in_features), F32, F16, BF16 or Q8_0
 struct DenseLayer {
