@@ -70,6 +70,9 @@ class Context:
     def device(self) -> str:
         """What it runs on, for people: `cpu (avx512, 2 threads)`."""
     @property
+    def why_not_cuda(self) -> str:
+        """Why device "auto" has become the CPU; else empty."""
+    @property
     def n_ctx(self) -> int: ...
     @property
     def n_batch(self) -> int:
@@ -109,17 +112,17 @@ RawTensor = tuple[int, list[int], bytes]
 Array = NDArray[np.float32]
 
 class Operations:
-    """The operations of the CPU backend over arrays, for tests: each against its slow, obvious twin.
+    """The operations of a backend over arrays, for tests: each against its slow, obvious twin.
 
-    isa: "" for the one that VPTQ_CPU_ISA names, or the best. Layers are given as their tensors by the
-    suffixes that docs/file-format.md lists: weight, vptq_indices, bias, ...
+    isa: an instruction set of the CPU, "" for the one that VPTQ_CPU_ISA names, or the best; or "cuda".
+    Layers are given as their tensors by the suffixes that docs/file-format.md lists: weight, bias, ...
     """
 
     def __init__(self, isa: str, n_threads: int) -> None: ...
     @staticmethod
     def dequantize(tensors: dict[str, RawTensor], in_features: int, out_features: int) -> Array: ...
-    def linear(self, tensors: dict[str, RawTensor], out_features: int, x: Array, n_i16: int = 0) -> Array:
-        """The first n_i16 tokens in 16-bit integers, if the weights are fit for them."""
+    def linear(self, tensors: dict[str, RawTensor], out_features: int, x: Array, n_prompt: int = 0) -> Array:
+        """The first n_prompt tokens in 16-bit numbers, if the weights are fit for them."""
     def time_linear(
         self, tensors: dict[str, RawTensor], out_features: int, x: Array, repetitions: int
     ) -> list[float]:
@@ -133,8 +136,17 @@ class Operations:
     def swiglu(self, gate: Array, up: Array) -> Array: ...
     def rope(self, x: Array, n_head: int, positions: Sequence[int], inv_freq: Sequence[float]) -> Array: ...
     def attention(
-        self, q: Array, k: Array, v: Array, n_head: int, n_head_kv: int, window: int, kv_type: str
-    ) -> Array: ...
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        n_head: int,
+        n_head_kv: int,
+        window: int,
+        kv_type: str,
+        prompt: bool = True,
+    ) -> Array:
+        """Of the last tokens, all of them parts of a prompt, or all generated."""
 
 def cpu_isas() -> list[str]:
     """Instruction sets that this build has and this processor can run, best first; the last is generic."""

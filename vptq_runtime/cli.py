@@ -352,7 +352,8 @@ def _report(
     load = f"load {timings.load_s:.2f} s | " if with_load else ""
     prompt = _counted(timings.prompt_tokens, timings.prompt_tokens_per_s)
     generated = _counted(len(generation.tokens), timings.decode_tokens_per_s)
-    _note(f"{load}prompt {prompt} | generated {generated} | {runtime.device}")
+    why = f"; {runtime.why_not_cuda}" if with_load and runtime.why_not_cuda else ""
+    _note(f"{load}prompt {prompt} | generated {generated} | {runtime.device}{why}")
 
 
 def _counted(n_tokens: int, per_s: float) -> str:

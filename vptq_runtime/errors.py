@@ -31,5 +31,9 @@ class OptionError(VPTQError, ValueError):
     """An argument or option is out of range, or does not fit the model (a prompt longer than the context)."""
 
 
+class DeviceError(VPTQError, RuntimeError):
+    """The GPU or its driver has failed."""
+
+
 class OutOfMemoryError(VPTQError, MemoryError):
     """The machine has not the memory that was asked for."""

@@ -108,6 +108,7 @@ class Runtime:
         )
         self._kept = KeptSequence()
         self._device = self._context.device
+        self._why_not_cuda = self._context.why_not_cuda
         self._n_ctx = self._context.n_ctx
         self._n_batch = self._context.n_batch
         self._load_s = time.perf_counter() - start
@@ -138,6 +139,11 @@ class Runtime:
     def device(self) -> str:
         """What the model runs on, for people: `cpu (avx512, 2 threads)`."""
         return self._device
+
+    @property
+    def why_not_cuda(self) -> str:
+        """Why device="auto" has become the CPU; else empty."""
+        return self._why_not_cuda
 
     @property
     def n_ctx(self) -> int:

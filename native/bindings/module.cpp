@@ -41,6 +41,8 @@ void translate(const std::exception_ptr& p, void*) {
     set_error("UnsupportedError", e.what());
   } catch (const vptq::OptionError& e) {
     set_error("OptionError", e.what());
+  } catch (const vptq::DeviceError& e) {
+    set_error("DeviceError", e.what());
   } catch (const vptq::OutOfMemoryError& e) {
     set_error("OutOfMemoryError", e.what());
   } catch (const std::bad_alloc&) {
@@ -191,8 +193,9 @@ NB_MODULE(_native, m) {
           nb::arg("model"), nb::kw_only(), nb::arg("device"), nb::arg("n_ctx"), nb::arg("n_threads"),
           nb::arg("kv_type"), nb::arg("precision") = "auto")
       .def_prop_ro("device", &Context::device)
+      .def_prop_ro("why_not_cuda", &Context::why_not_cuda)
       .def_prop_ro("n_ctx", &Context::n_ctx)
-      .def_prop_ro("n_batch", [](const Context&) { return Context::kMaxBatch; })
+      .def_prop_ro("n_batch", &Context::n_batch)
       .def("new_sequence", &Context::new_sequence, nb::arg("n_tokens"), no_gil)
       .def("free_sequence", &Context::free_sequence, nb::arg("sequence"))
       .def("reserve", &Context::reserve, nb::arg("sequence"), nb::arg("n_tokens"), no_gil)

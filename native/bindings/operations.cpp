@@ -6,10 +6,12 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <memory>
 
+#include "backend.h"
 #include "cpu/cpu_backend.h"
 #include "kv_cache.h"
 #include "vptq/error.h"
@@ -57,30 +59,73 @@ class Layer {
   LinearWeights weights_;
 };
 
+// Arrays in a backend's memory: what they hold at the beginning, and what is there at the end.
+class Arrays {
+ public:
+  explicit Arrays(Backend& backend) : backend_(backend) {}
+
+  float* make(size_t n) { return reinterpret_cast<float*>(backend_.allocate(n * sizeof(float), "an array")); }
+  float* copy(const float* host, size_t n) {
+    float* out = make(n);
+    backend_.write(reinterpret_cast<std::byte*>(out), host, n * sizeof(float));
+    return out;
+  }
+  float* copy(const In& x) { return copy(x.data(), x.size()); }
+  Array2 read(const float* from, size_t rows, size_t columns) {
+    Array2 out = new_array(rows, columns);
+    backend_.read(reinterpret_cast<const std::byte*>(from), out.data(), out.size() * sizeof(float));
+    return out;
+  }
+
+ private:
+  Backend& backend_;
+};
+
+Batch batch_of(const std::vector<int32_t>& tokens) {
+  Batch batch;
+  batch.tokens = batch.positions = tokens;
+  batch.sequences.assign(tokens.size(), 0);
+  batch.first_block = {0};
+  return batch;
+}
+
+Batch batch_of(const std::vector<std::byte*>& blocks, int first, int n) {
+  std::vector<int32_t> positions;
+  for (int i = 0; i < n; ++i) positions.push_back(first + i);
+  Batch batch = batch_of(positions);
+  batch.blocks = blocks;
+  return batch;
+}
+
 class Operations {
  public:
-  Operations(const std::string& isa, int n_threads) : backend_(n_threads, isa) {}
+  Operations(const std::string& isa, int n_threads)
+      : backend_(isa == "cuda" ? make_cuda_backend() : std::make_unique<cpu::CpuBackend>(n_threads, isa)),
+        arrays_(*backend_) {}
 
-  Array2 linear(const RawTensors& tensors, int out_features, const In& x, int n_i16) {
+  Array2 linear(const RawTensors& tensors, int out_features, const In& x, int n_prompt) {
     expect(x.ndim() == 2 && x.shape(0) >= 1, "x: expected shape (n, in_features)");
-    expect(n_i16 >= 0 && size_t(n_i16) <= x.shape(0), "n_i16: expected 0 to n");
+    expect(n_prompt >= 0 && size_t(n_prompt) <= x.shape(0), "n_prompt: expected 0 to n");
     const Layer layer(tensors, int(x.shape(1)), out_features);
-    const auto ready = backend_.linear(layer.weights(), n_i16 > 0);
-    Array2 y = new_array(x.shape(0), out_features);
-    backend_.apply({{*ready, y.data()}}, x.data(), int(x.shape(0)), n_i16);
-    return y;
+    const auto ready = backend_->linear(layer.weights(), n_prompt > 0);
+    float* y = arrays_.make(x.shape(0) * out_features);
+    backend_->apply({{*ready, y}}, arrays_.copy(x), int(x.shape(0)), n_prompt);
+    return arrays_.read(y, x.shape(0), out_features);
   }
 
   // Seconds of each repetition, the layer being read once.
   std::vector<double> time_linear(const RawTensors& tensors, int out_features, const In& x, int repetitions) {
     expect(x.ndim() == 2 && x.shape(0) >= 1, "x: expected shape (n, in_features)");
     const Layer layer(tensors, int(x.shape(1)), out_features);
-    const auto ready = backend_.linear(layer.weights(), false);
-    const Array2 y = new_array(x.shape(0), out_features);
+    const auto ready = backend_->linear(layer.weights(), false);
+    const float* in = arrays_.copy(x);
+    float* y = arrays_.make(x.shape(0) * out_features);
+    float first;
     std::vector<double> seconds;
     for (int i = 0; i < repetitions; ++i) {
       const auto begin = std::chrono::steady_clock::now();
-      backend_.apply({{*ready, y.data()}}, x.data(), int(x.shape(0)), 0);
+      backend_->apply({{*ready, y}}, in, int(x.shape(0)), 0);
+      backend_->read(reinterpret_cast<const std::byte*>(y), &first, sizeof first);  // when it is done
       seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
     }
     return seconds;
@@ -91,53 +136,51 @@ class Operations {
     expect(x.ndim() == 2 && x.shape(0) >= 1, "x: expected shape (n, in_features)");
     const int n = int(x.shape(0)), in = int(x.shape(1));
     const Layer a(tensors[0], in, out[0]), b(tensors[1], in, out[1]), c(tensors[2], in, out[2]);
-    const auto la = backend_.linear(a.weights(), false), lb = backend_.linear(b.weights(), false),
-               lc = backend_.linear(c.weights(), false);
-    std::array<Array2, 3> y{new_array(n, out[0]), new_array(n, out[1]), new_array(n, out[2])};
-    backend_.apply({{*la, y[0].data()}, {*lb, y[1].data()}, {*lc, y[2].data()}}, x.data(), n, 0);
-    return y;
+    const auto la = backend_->linear(a.weights(), false), lb = backend_->linear(b.weights(), false),
+               lc = backend_->linear(c.weights(), false);
+    float *ya = arrays_.make(n * out[0]), *yb = arrays_.make(n * out[1]), *yc = arrays_.make(n * out[2]);
+    backend_->apply({{*la, ya}, {*lb, yb}, {*lc, yc}}, arrays_.copy(x), n, 0);
+    return {arrays_.read(ya, n, out[0]), arrays_.read(yb, n, out[1]), arrays_.read(yc, n, out[2])};
   }
 
   Array2 embed(const RawTensor& table, const std::vector<int32_t>& tokens) {
     const Tensor t = to_tensor("table", table);
-    Batch batch;
-    batch.tokens = tokens;
-    Array2 x = new_array(tokens.size(), t.shape[1]);
-    backend_.embed(batch, t, x.data());
-    return x;
+    const Tensor there = backend_->table(t);
+    float* x = arrays_.make(tokens.size() * t.shape[1]);
+    step(batch_of(tokens), [&](const Batch& batch) { backend_->embed(batch, there, x); });
+    return arrays_.read(x, tokens.size(), t.shape[1]);
   }
 
   Array2 rms_norm(const In& x, const In& weight, float eps) {
     expect(x.ndim() == 2 && weight.size() == x.shape(1), "expected x (n, d), weight (d)");
-    Array2 out = new_array(x.shape(0), x.shape(1));
-    backend_.rms_norm(x.data(), int(x.shape(0)), int(x.shape(1)), weight.data(), eps, out.data());
-    return out;
+    float* out = arrays_.make(x.size());
+    backend_->rms_norm(arrays_.copy(x), int(x.shape(0)), int(x.shape(1)), arrays_.copy(weight), eps, out);
+    return arrays_.read(out, x.shape(0), x.shape(1));
   }
 
   Array2 swiglu(const In& gate, const In& up) {
     expect(gate.ndim() == 2 && up.size() == gate.size(), "expected gate and up of one shape (n, d)");
-    Array2 out = new_array(gate.shape(0), gate.shape(1));
-    std::copy(gate.data(), gate.data() + gate.size(), out.data());
-    backend_.swiglu(out.data(), up.data(), gate.size());
-    return out;
+    float* out = arrays_.copy(gate);
+    backend_->swiglu(out, arrays_.copy(up), gate.size());
+    return arrays_.read(out, gate.shape(0), gate.shape(1));
   }
 
   // x (n, n_head * head_dim), one position a row
   Array2 rope(const In& x, int n_head, const std::vector<int32_t>& positions, const std::vector<float>& inv_freq) {
     expect(x.ndim() == 2 && positions.size() == x.shape(0) && x.shape(1) == 2 * inv_freq.size() * n_head,
            "expected x (n, n_head * head_dim), n positions, head_dim / 2 frequencies");
-    Batch batch;
-    batch.tokens = batch.positions = positions;
-    Array2 out = new_array(x.shape(0), x.shape(1));
-    std::copy(x.data(), x.data() + x.size(), out.data());
-    backend_.rope(batch, n_head, int(2 * inv_freq.size()), inv_freq.data(), out.data());
-    return out;
+    float* out = arrays_.copy(x);
+    const float* frequencies = arrays_.copy(inv_freq.data(), inv_freq.size());
+    step(batch_of(positions),
+         [&](const Batch& batch) { backend_->rope(batch, n_head, int(2 * inv_freq.size()), frequencies, out); });
+    return arrays_.read(out, x.shape(0), x.shape(1));
   }
 
-  // Causal attention of the last n of the tokens whose keys and values are given.
+  // Causal attention of the last n of the tokens whose keys and values are given; all of them are parts of a prompt,
+  // or generated.
   // q (n, n_head * head_dim); k, v (n_tokens, n_head_kv * head_dim)
   Array2 attention(const In& q, const In& k, const In& v, int n_head, int n_head_kv, int window,
-                   const std::string& kv_type) {
+                   const std::string& kv_type, bool prompt) {
     expect(q.ndim() == 2 && k.ndim() == 2 && v.size() == k.size() && n_head_kv > 0 && n_head % n_head_kv == 0 &&
                q.shape(1) / n_head == k.shape(1) / n_head_kv && q.shape(0) <= k.shape(0),
            "expected q (n, n_head * head_dim), k and v (n_tokens, n_head_kv * head_dim), n <= n_tokens");
@@ -148,28 +191,34 @@ class Operations {
                           : kv_type == "f32" ? DType::f32
                                              : DType::f16};
     expect(layout.type != DType::q8_0 || head_dim % kQ8Block == 0, "q8_0: expected head_dim a multiple of 32");
-    KvCache cache(backend_, layout, n_tokens);
-    const int id = cache.new_sequence(n_tokens);
-    Batch batch = batch_of(cache.blocks(id), 0, n_tokens);
-    backend_.store_kv(batch, layout, 1, k.data(), v.data());
-    batch = batch_of(cache.blocks(id), n_tokens - n, n);
-    Array2 out = new_array(n, q.shape(1));
-    backend_.attention(batch, layout, 1, n_head, window, q.data(), out.data());
-    return out;
+    KvCache cache(*backend_, layout, n_tokens);
+    const int id = cache.new_sequence(n_tokens), at_once = backend_->max_tokens();
+    const float *keys = arrays_.copy(k), *values = arrays_.copy(v), *queries = arrays_.copy(q);
+    float* out = arrays_.make(q.size());
+    for (int i = 0; i < n_tokens; i += at_once)
+      step(batch_of(cache.blocks(id), i, std::min(at_once, n_tokens - i)), [&](const Batch& batch) {
+        backend_->store_kv(batch, layout, 1, keys + i * k.shape(1), values + i * k.shape(1));
+      });
+    for (int i = 0; i < n; i += at_once) {
+      Batch batch = batch_of(cache.blocks(id), n_tokens - n + i, std::min(at_once, n - i));
+      if (prompt) batch.n_prompt = batch.n();
+      step(batch, [&](const Batch& batch) {
+        backend_->attention(batch, layout, 1, n_head, window, queries + i * q.shape(1), out + i * q.shape(1));
+      });
+    }
+    return arrays_.read(out, n, q.shape(1));
   }
 
  private:
-  static Batch batch_of(const std::vector<std::byte*>& blocks, int first, int n) {
-    Batch batch;
-    for (int i = 0; i < n; ++i) batch.positions.push_back(first + i);
-    batch.tokens = batch.positions;
-    batch.sequences.assign(n, 0);
-    batch.first_block = {0};
-    batch.blocks = blocks;
-    return batch;
+  template <class Operation>
+  void step(const Batch& batch, const Operation& operation) {
+    Batch outputs;
+    outputs.take_outputs_of(batch);
+    backend_->forward(batch, outputs, {}, [&](float*) { operation(batch); });
   }
 
-  cpu::CpuBackend backend_;
+  std::unique_ptr<Backend> backend_;
+  Arrays arrays_;
 };
 
 }  // namespace
@@ -191,7 +240,7 @@ void bind_operations(nb::module_& m) {
   nb::class_<Operations>(m, "Operations")
       .def(nb::init<const std::string&, int>(), nb::arg("isa"), nb::arg("n_threads"))
       .def("linear", &Operations::linear, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"),
-           nb::arg("n_i16") = 0)
+           nb::arg("n_prompt") = 0)
       .def("time_linear", &Operations::time_linear, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"),
            nb::arg("repetitions"))
       .def("linears", &Operations::linears, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"))
@@ -200,7 +249,7 @@ void bind_operations(nb::module_& m) {
       .def("swiglu", &Operations::swiglu, nb::arg("gate"), nb::arg("up"))
       .def("rope", &Operations::rope, nb::arg("x"), nb::arg("n_head"), nb::arg("positions"), nb::arg("inv_freq"))
       .def("attention", &Operations::attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("n_head"),
-           nb::arg("n_head_kv"), nb::arg("window"), nb::arg("kv_type"))
+           nb::arg("n_head_kv"), nb::arg("window"), nb::arg("kv_type"), nb::arg("prompt") = true)
       .def_static(
           "dequantize",
           [](const RawTensors& tensors, int in_features, int out_features) {

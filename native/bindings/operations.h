@@ -1,4 +1,4 @@
-// The CPU backend's operations over numpy arrays, for tests.
+// A backend's operations over numpy arrays, for tests.
 #pragma once
 
 #include <nanobind/nanobind.h>

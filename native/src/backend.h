@@ -6,8 +6,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -44,21 +46,21 @@ struct Batch {
 
   int n() const { return static_cast<int>(tokens.size()); }
 
-  // Forgets the tokens whose logits are not wanted.
-  void keep_outputs() {
-    int n_prompt_kept = 0;
-    for (size_t i = 0; i < outputs.size(); ++i) {
-      const int32_t t = outputs[i];
-      n_prompt_kept += t < n_prompt;
-      tokens[i] = tokens[t];
-      positions[i] = positions[t];
-      sequences[i] = sequences[t];
+  // Becomes those tokens of another batch whose logits are wanted.
+  void take_outputs_of(const Batch& all) {
+    const auto resize = [n = all.outputs.size()](auto&... vectors) { (vectors.resize(n), ...); };
+    resize(tokens, positions, sequences, outputs);
+    n_prompt = 0;
+    for (size_t i = 0; i < all.outputs.size(); ++i) {
+      const int32_t t = all.outputs[i];
+      n_prompt += t < all.n_prompt;
+      tokens[i] = all.tokens[t];
+      positions[i] = all.positions[t];
+      sequences[i] = all.sequences[t];
       outputs[i] = static_cast<int32_t>(i);
     }
-    tokens.resize(outputs.size());
-    positions.resize(outputs.size());
-    sequences.resize(outputs.size());
-    n_prompt = n_prompt_kept;
+    first_block = all.first_block;
+    blocks = all.blocks;
   }
 };
 
@@ -78,19 +80,30 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
-  virtual std::string description() const = 0;  // "cpu (avx512, 2 threads)"
-  virtual size_t available_memory() const = 0;  // bytes that could still be allocated
-  virtual bool i16_pays() const = 0;            // linear layers are faster in 16-bit integers than in float32
+  virtual std::string description() const = 0;                 // "cpu (avx512, 2 threads)"
+  virtual size_t available_memory() const = 0;                 // bytes that could still be allocated
+  virtual size_t weight_memory(const Model& model) const = 0;  // bytes that its weights will take
+  virtual int max_tokens() const = 0;                          // of a batch
+  virtual bool rounding_pays() const = 0;  // linear layers are faster in 16-bit numbers than in float32
 
   // Memory that lives as long as the backend, aligned to 64 bytes; `what` is for the message of OutOfMemoryError.
   virtual std::byte* allocate(size_t bytes, const std::string& what) = 0;
+  // Between the backend's memory and the host's; what was asked for before is done.
+  virtual void write(std::byte* to, const void* host, size_t bytes) = 0;
+  virtual void read(const std::byte* from, void* host, size_t bytes) = 0;
 
   // Weights made ready for the operations below. The model outlives the backend: a backend may use them in place.
-  // i16: to be applied to prompts in 16-bit integers, where these weights allow it.
-  virtual std::unique_ptr<Linear> linear(const LinearWeights& weights, bool i16) = 0;
+  // rounded: to be applied to prompts in 16-bit numbers, where these weights allow it.
+  virtual std::unique_ptr<Linear> linear(const LinearWeights& weights, bool rounded) = 0;
   virtual Tensor table(const Tensor& weights) = 0;         // (rows, features), for embed
   virtual const float* vector(const Tensor& weights) = 0;  // as float32
   virtual const float* vector(const std::vector<float>& values) = 0;
+
+  // Runs a step: operations(out) asks for the operations below, on `batch` and at the end on `outputs`, the tokens of
+  // it whose logits are wanted, and for these at `out`; they end up in logits (n_outputs, n_vocab). A backend may keep
+  // what was asked for and do it again for batches of the same sizes without asking.
+  virtual void forward(const Batch& batch, const Batch& outputs, std::span<float> logits,
+                       const std::function<void(float*)>& operations) = 0;
 
   // x[t] = table[tokens[t]]
   virtual void embed(const Batch& batch, const Tensor& table, float* x) = 0;
@@ -110,11 +123,12 @@ class Backend {
   virtual void swiglu(float* gate, const float* up, size_t n) = 0;
   // x += y
   virtual void add(float* x, const float* y, size_t n) = 0;
-  // x[i] = x[batch.outputs[i]], rows of d
-  virtual void select_outputs(const Batch& batch, int d, float* x) = 0;
+  // out[i] = x[batch.outputs[i]], rows of d
+  virtual void select_outputs(const Batch& batch, int d, const float* x, float* out) = 0;
 };
 
-// device: "auto", "cpu" or "cuda". n_threads 0: the physical cores.
-std::unique_ptr<Backend> make_backend(const std::string& device, int n_threads);
+std::unique_ptr<Backend> make_cpu_backend(int n_threads);  // 0: the physical cores
+// Throws UnsupportedError, which says why, where there is no GPU, driver or library for it.
+std::unique_ptr<Backend> make_cuda_backend();
 
 }  // namespace vptq

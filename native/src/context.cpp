@@ -21,27 +21,27 @@ DType kv_type_of(const std::string& name, int head_dim) {
 struct Context::State {
   enum class Want { none, last, all };  // whose logits
 
-  State(std::shared_ptr<const Model> m, const ContextOptions& options, DType kv_type)
+  State(std::shared_ptr<const Model> m, std::unique_ptr<Backend> device, const ContextOptions& options, DType kv_type)
       : model(std::move(m)),
         n_ctx(options.n_ctx),
-        backend(make_backend(options.device, options.n_threads)),
+        backend(std::move(device)),
         cache(*backend,
               KvLayout{model->hyperparameters().n_layer, model->hyperparameters().n_head_kv,
                        model->hyperparameters().head_dim, kv_type},
               n_ctx) {
-    cache.check_memory(n_ctx);
+    cache.check_memory(n_ctx, backend->weight_memory(*model));
     transformer =
-        std::make_unique<Transformer>(*model, *backend, kMaxBatch, options.precision == "auto" && backend->i16_pays());
+        std::make_unique<Transformer>(*model, *backend, options.precision == "auto" && backend->rounding_pays());
   }
 
-  void forward(std::span<const Feed> feeds, Want want, float* logits) {
+  void forward(std::span<const Feed> feeds, Want want, std::span<float> logits) {
     fill_batch(feeds, want);
     lengths.clear();
     for (const Feed& feed : feeds) lengths.push_back(cache.length(feed.sequence));
     try {
       extend(feeds);
       transformer->forward(batch, cache.layout(), logits);
-      if (!all_finite({logits, batch.outputs.size() * model->hyperparameters().n_vocab}))
+      if (!all_finite(logits))
         throw FileError(
             model->file().path() +
             ": the logits are not finite: some weights are NaN, infinite, or too large for float32, or some keys or "
@@ -81,9 +81,9 @@ struct Context::State {
       if (feed.tokens.empty())
         throw OptionError("no tokens for sequence " + std::to_string(feed.sequence) + ", expected at least one");
       n += feed.tokens.size();
-      if (n > size_t(kMaxBatch))
+      if (n > size_t(backend->max_tokens()))
         throw OptionError("a batch of " + std::to_string(n) + " tokens or more, expected at most " +
-                          std::to_string(kMaxBatch));
+                          std::to_string(backend->max_tokens()));
       for (const int32_t token : feed.tokens)
         if (token < 0 || token >= n_vocab)
           throw OptionError("token " + std::to_string(token) + ", expected 0 to " + std::to_string(n_vocab - 1));
@@ -115,6 +115,7 @@ struct Context::State {
 
   std::shared_ptr<const Model> model;
   int n_ctx;
+  std::string why_not_cuda;
   std::unique_ptr<Backend> backend;
   KvCache cache;
   std::unique_ptr<Transformer> transformer;
@@ -129,15 +130,32 @@ Context::Context(std::shared_ptr<const Model> model, const ContextOptions& optio
   if (options.n_ctx < 1) throw OptionError("n_ctx: found " + std::to_string(options.n_ctx) + ", expected at least 1");
   if (options.precision != "auto" && options.precision != "f32")
     throw OptionError("precision: found '" + options.precision + "', expected auto or f32");
+  if (options.device != "auto" && options.device != "cpu" && options.device != "cuda")
+    throw OptionError("device: found '" + options.device + "', expected auto, cpu or cuda");
   const DType kv_type = kv_type_of(options.kv_type, model->hyperparameters().head_dim);
-  state_ = std::make_unique<State>(std::move(model), options, kv_type);
+  const auto make = [&](std::unique_ptr<Backend> backend) {
+    return std::make_unique<State>(model, std::move(backend), options, kv_type);
+  };
+  std::string why_not_cuda;
+  if (options.device != "cpu") {
+    try {
+      state_ = make(make_cuda_backend());
+    } catch (const Error& e) {
+      if (options.device == "cuda") throw;
+      why_not_cuda = e.what();
+    }
+  }
+  if (!state_) state_ = make(make_cpu_backend(options.n_threads));
+  state_->why_not_cuda = why_not_cuda;
 }
 
 Context::~Context() = default;
 
 const Model& Context::model() const { return *state_->model; }
 std::string Context::device() const { return state_->backend->description(); }
+const std::string& Context::why_not_cuda() const { return state_->why_not_cuda; }
 int Context::n_ctx() const { return state_->n_ctx; }
+int Context::n_batch() const { return state_->backend->max_tokens(); }
 
 int Context::new_sequence(int n_tokens) { return state_->cache.new_sequence(n_tokens); }
 void Context::free_sequence(int sequence) { state_->cache.free_sequence(sequence); }
@@ -146,7 +164,7 @@ void Context::truncate(int sequence, int n_tokens) { state_->cache.truncate(sequ
 int Context::length(int sequence) const { return state_->cache.length(sequence); }
 
 void Context::prefill(std::span<const Feed> feeds) {
-  if (!feeds.empty()) state_->forward(feeds, State::Want::none, nullptr);
+  if (!feeds.empty()) state_->forward(feeds, State::Want::none, {});
 }
 
 void Context::step(std::span<const Feed> feeds, std::span<Sampler* const> samplers, int32_t* out) {
@@ -159,11 +177,14 @@ void Context::step(std::span<const Feed> feeds, std::span<Sampler* const> sample
   if (feeds.empty()) return;
   const size_t n_vocab = model().hyperparameters().n_vocab;
   state_->step_logits.resize(feeds.size() * n_vocab);
-  state_->forward(feeds, State::Want::last, state_->step_logits.data());
+  state_->forward(feeds, State::Want::last, state_->step_logits);
   for (size_t i = 0; i < feeds.size(); ++i)
     out[i] = samplers[i]->sample({state_->step_logits.data() + state_->row[i] * n_vocab, n_vocab});
 }
 
-void Context::logits(const Feed& feed, float* out) { state_->forward({&feed, 1}, State::Want::all, out); }
+void Context::logits(const Feed& feed, float* out) {
+  const size_t n_vocab = model().hyperparameters().n_vocab;
+  state_->forward({&feed, 1}, State::Want::all, {out, feed.tokens.size() * n_vocab});
+}
 
 }  // namespace vptq

@@ -18,11 +18,13 @@ std::string gib(double bytes) {
 
 }  // namespace
 
-void KvCache::check_memory(int64_t n_tokens) const {
-  const double need = double(blocks_for(n_tokens)) * double(layout_.block_bytes());
+void KvCache::check_memory(int64_t n_tokens, size_t weights) const {
+  const double need = double(blocks_for(n_tokens)) * double(layout_.block_bytes()) + double(weights);
   const auto available = double(backend_.available_memory());
   if (need > available)
-    throw OutOfMemoryError("the KV cache for " + std::to_string(n_tokens) + " tokens (option n_ctx) needs " +
+    throw OutOfMemoryError((weights ? "the model's weights of " + gib(double(weights)) + " and the KV cache for "
+                                    : std::string("the KV cache for ")) +
+                           std::to_string(n_tokens) + " tokens (option n_ctx) need" + (weights ? " " : "s ") +
                            gib(need) + ", " + gib(available) +
                            " are available; a smaller n_ctx, or kv_type q8_0, needs less");
 }

@@ -26,8 +26,8 @@ class KvCache {
   void extend(int id, int n);
   const std::vector<std::byte*>& blocks(int id) const;
 
-  // Throws OutOfMemoryError if n_tokens more tokens could not be held.
-  void check_memory(int64_t n_tokens) const;
+  // Throws OutOfMemoryError if n_tokens more tokens, and weights of so many bytes, could not be held.
+  void check_memory(int64_t n_tokens, size_t weights = 0) const;
 
  private:
   struct Sequence {

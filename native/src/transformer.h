@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "backend.h"
@@ -10,12 +11,12 @@ namespace vptq {
 
 class Transformer {
  public:
-  // i16: prompts go through the layers in 16-bit integers.
-  Transformer(const Model& model, Backend& backend, int max_tokens, bool i16);
+  // rounded: prompts go through the layers in 16-bit numbers.
+  Transformer(const Model& model, Backend& backend, bool rounded);
 
   // Stores the batch's keys and values into the cache and puts the logits of batch.outputs into
-  // logits (n_outputs, n_vocab). At most max_tokens tokens; of the batch only the outputs are left.
-  void forward(Batch& batch, const KvLayout& layout, float* logits);
+  // logits (n_outputs, n_vocab). At most backend.max_tokens() tokens.
+  void forward(const Batch& batch, const KvLayout& layout, std::span<float> logits);
 
  private:
   struct Layer {
@@ -24,16 +25,20 @@ class Transformer {
     int sliding_window;
   };
 
-  const Hyperparameters& h_;
+  // The formula of the model; logits in the backend's memory.
+  void run(const Batch& all, const KvLayout& layout, float* logits);
+
+  const Hyperparameters& p_;
   Backend& backend_;
   Tensor token_embd_;         // (n_vocab, n_embd)
   const float* output_norm_;  // (n_embd)
   const float* inv_freq_;     // (head_dim / 2)
   std::unique_ptr<Linear> output_;
   std::vector<Layer> layers_;
+  Batch outputs_;  // of the batch at hand
 
   float* x_;     // (max_tokens, n_embd)               the residual stream
-  float* h1_;    // (max_tokens, n_embd)               normalised, or a layer's result
+  float* h_;     // (max_tokens, n_embd)               normalised, or a layer's result
   float* q_;     // (max_tokens, n_head, head_dim)
   float* k_;     // (max_tokens, n_head_kv, head_dim)
   float* v_;     // (max_tokens, n_head_kv, head_dim)

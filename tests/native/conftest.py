@@ -1,10 +1,14 @@
-"""The CPU backend's operations, on every instruction set that the machine has."""
+"""The operations of the CPU on every instruction set that the machine has, and of a GPU."""
 
 import pytest
 
 from vptq_runtime import _native
+from vptq_runtime.errors import UnsupportedError
 
 
-@pytest.fixture(params=_native.cpu_isas())
+@pytest.fixture(params=[*_native.cpu_isas(), pytest.param("cuda", marks=pytest.mark.gpu)])
 def operations(request: pytest.FixtureRequest) -> _native.Operations:
-    return _native.Operations(request.param, 2)
+    try:
+        return _native.Operations(request.param, 2)
+    except UnsupportedError as e:
+        pytest.skip(str(e))

@@ -178,7 +178,7 @@ def test_bad_batches(context: _native.Context) -> None:
         context.truncate(sequence, 1)
 
 
-def test_bad_options(model: _native.Model) -> None:
+def test_bad_options(model: _native.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match="n_ctx: found 0, expected at least 1"):
         make(model, n_ctx=0)
     with pytest.raises(OptionError, match="kv_type: found 'f8', expected f16, f32 or q8_0"):
@@ -191,7 +191,8 @@ def test_bad_options(model: _native.Model) -> None:
         make(model, n_threads=-1)
     with pytest.raises(OptionError, match="device: found 'tpu', expected auto, cpu or cuda"):
         make(model, device="tpu")
-    with pytest.raises(UnsupportedError, match="this build has no CUDA backend"):
+    monkeypatch.setenv("VPTQ_CUDA_LIBRARY", "/nowhere/libvptq_cuda.so")
+    with pytest.raises(UnsupportedError, match=r"device cuda: this build has no CUDA backend: /nowhere/"):
         make(model, device="cuda")
 
 

@@ -16,7 +16,7 @@ struct ContextOptions {
   int n_ctx = 4096;             // most tokens of one sequence
   int n_threads = 0;            // 0: the physical cores
   std::string kv_type = "f16";  // f16, f32, or q8_0: blocks of 32 int8 and an f16 scale
-  // auto: prompts' tokens may go through the linear layers in 16-bit integers, where that is faster; f32: never
+  // auto: prompts' tokens may go through the linear layers in 16-bit numbers, where that is faster; f32: never
   std::string precision = "auto";
 };
 
@@ -35,11 +35,11 @@ class Context {
   Context(std::shared_ptr<const Model> model, const ContextOptions& options);
   ~Context();
 
-  static constexpr int kMaxBatch = 128;  // most tokens of one call, over all its sequences
-
   const Model& model() const;
   std::string device() const;
+  const std::string& why_not_cuda() const;  // why device "auto" has become the CPU; else empty
   int n_ctx() const;
+  int n_batch() const;  // most tokens of one call, over all its sequences
 
   int new_sequence(int n_tokens);  // with cache reserved for n_tokens tokens
   void free_sequence(int sequence);

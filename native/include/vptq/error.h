@@ -34,6 +34,11 @@ struct OptionError : Error {
   using Error::Error;
 };
 
+// The GPU or its driver has failed.
+struct DeviceError : Error {
+  using Error::Error;
+};
+
 // The machine has not the memory that was asked for.
 struct OutOfMemoryError : Error {
   using Error::Error;

@@ -36,8 +36,9 @@ std::string CpuBackend::description() const {
 size_t CpuBackend::available_memory() const { return cpu::available_memory(); }
 
 std::byte* CpuBackend::allocate(size_t bytes, const std::string& what) {
-  const size_t whole = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-  memory_.emplace_back(static_cast<std::byte*>(std::aligned_alloc(kAlignment, std::max(whole, kAlignment))));
+  void* data = nullptr;  // not aligned_alloc: it would need a multiple of the alignment, and hide what lies behind
+  if (posix_memalign(&data, kAlignment, std::max<size_t>(bytes, 1)) != 0) data = nullptr;
+  memory_.emplace_back(static_cast<std::byte*>(data));
   if (memory_.back()) return memory_.back().get();
   memory_.pop_back();
   throw OutOfMemoryError("no memory for " + what + ": " + std::to_string(bytes) + " bytes");
@@ -57,13 +58,13 @@ const float* CpuBackend::vector(const std::vector<float>& values) {
   return out;
 }
 
-std::unique_ptr<Linear> CpuBackend::linear(const LinearWeights& w, bool i16) {
+std::unique_ptr<Linear> CpuBackend::linear(const LinearWeights& w, bool rounded) {
   const auto optional = [this](const Tensor* t) { return t ? vector(*t) : nullptr; };
   const float* bias = optional(w.bias);
   if (std::holds_alternative<DenseWeights>(w.weights)) return std::make_unique<DenseLinear>(kernels_, w, bias);
   const auto& vptq = std::get<VptqWeights>(w.weights);
   const VptqNorms norms{optional(vptq.scale), optional(vptq.shift), optional(vptq.out_scale), optional(vptq.out_shift)};
-  return std::make_unique<VptqLinear>(kernels_, w, norms, bias, i16);
+  return std::make_unique<VptqLinear>(kernels_, w, norms, bias, rounded);
 }
 
 void CpuBackend::embed(const Batch& batch, const Tensor& table, float* x) {
@@ -156,9 +157,9 @@ void CpuBackend::swiglu(float* gate, const float* up, size_t n) {
 
 void CpuBackend::add(float* x, const float* y, size_t n) { kernels_.add(x, y, int64_t(n)); }
 
-void CpuBackend::select_outputs(const Batch& batch, int d, float* x) {
-  for (size_t i = 0; i < batch.outputs.size(); ++i)  // ascending: none is overwritten before it is moved
-    std::memmove(x + i * d, x + size_t(batch.outputs[i]) * d, d * sizeof(float));
+void CpuBackend::select_outputs(const Batch& batch, int d, const float* x, float* out) {
+  for (size_t i = 0; i < batch.outputs.size(); ++i)
+    std::memcpy(out + i * d, x + size_t(batch.outputs[i]) * d, d * sizeof(float));
 }
 
 }  // namespace vptq::cpu

@@ -1,6 +1,7 @@
 // The operations of backend.h on the CPU: shares the work out to threads and calls the kernels.
 #pragma once
 
+#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
@@ -20,14 +21,23 @@ class CpuBackend : public Backend {
 
   std::string description() const override;
   size_t available_memory() const override;
-  bool i16_pays() const override { return kernels_.i16_pays; }
+  size_t weight_memory(const Model&) const override { return 0; }  // they are used in the mapped file
+  int max_tokens() const override { return 128; }
+  bool rounding_pays() const override { return kernels_.i16_pays; }
   std::byte* allocate(size_t bytes, const std::string& what) override;
 
-  std::unique_ptr<Linear> linear(const LinearWeights& weights, bool i16) override;
+  void write(std::byte* to, const void* host, size_t bytes) override { std::memcpy(to, host, bytes); }
+  void read(const std::byte* from, void* host, size_t bytes) override { std::memcpy(host, from, bytes); }
+
+  std::unique_ptr<Linear> linear(const LinearWeights& weights, bool rounded) override;
   Tensor table(const Tensor& weights) override { return weights; }
   const float* vector(const Tensor& weights) override;
   const float* vector(const std::vector<float>& values) override;
 
+  void forward(const Batch&, const Batch&, std::span<float> logits,
+               const std::function<void(float*)>& operations) override {
+    operations(logits.data());
+  }
   void embed(const Batch& batch, const Tensor& table, float* x) override;
   void rms_norm(const float* x, int n, int d, const float* weight, float eps, float* out) override;
   void apply(std::initializer_list<Projection> projections, const float* x, int n, int n_prompt) override;
@@ -39,7 +49,7 @@ class CpuBackend : public Backend {
   }
   void swiglu(float* gate, const float* up, size_t n) override;
   void add(float* x, const float* y, size_t n) override;
-  void select_outputs(const Batch& batch, int d, float* x) override;
+  void select_outputs(const Batch& batch, int d, const float* x, float* out) override;
 
  private:
   struct Free {

@@ -1,0 +1,39 @@
+# The CUDA backend: a library of its own, loaded when there is a driver, built where there is nvcc.
+option(VPTQ_CUDA "Build the CUDA backend if nvcc is found" ON)
+# Machine code for compute capability 8.0 (runs on 8.6 and 8.9, too) and 9.0, and PTX for later ones.
+set(VPTQ_CUDA_ARCHITECTURES "80-real;90" CACHE STRING "What the CUDA backend is built for")
+
+set(cuda ${src}/cuda)
+file(GLOB cuda_kernels CONFIGURE_DEPENDS ${cuda}/kernels/*.cu)
+set(cuda_host
+  ${cuda}/batches.cpp
+  ${cuda}/cuda_backend.cpp
+  ${cuda}/memory.cpp
+  ${cuda}/runtime.cpp
+  ${src}/tensor.cpp)
+
+if(VPTQ_CUDA)
+  include(CheckLanguage)
+  check_language(CUDA)
+endif()
+if(CMAKE_CUDA_COMPILER)
+  set(CMAKE_CUDA_ARCHITECTURES ${VPTQ_CUDA_ARCHITECTURES})
+  enable_language(CUDA)
+  find_package(CUDAToolkit REQUIRED)
+  add_library(vptq_cuda SHARED ${cuda_kernels} ${cuda_host})
+  target_include_directories(vptq_cuda PRIVATE native/include ${src} ${CUDAToolkit_INCLUDE_DIRS})
+  set_target_properties(vptq_cuda PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden)
+  target_compile_options(vptq_cuda PRIVATE
+    $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wno-missing-field-initializers>
+    $<$<AND:$<BOOL:${VPTQ_WERROR}>,$<COMPILE_LANGUAGE:CXX>>:-Werror>
+    $<$<AND:$<BOOL:${VPTQ_WERROR}>,$<COMPILE_LANGUAGE:CUDA>>:-Werror=all-warnings>)
+  target_link_libraries(vptq_cuda PRIVATE CUDA::cudart_static)
+  install(TARGETS vptq_cuda LIBRARY DESTINATION vptq_runtime)
+else()
+  message(STATUS "No nvcc: the CUDA backend is left out")
+endif()
+
+# The same sources as plain C++, for tests on machines without a GPU: VPTQ_CUDA_LIBRARY names the library.
+if(VPTQ_TESTS)
+  add_subdirectory(tests/native/cuda_emulation)
+endif()

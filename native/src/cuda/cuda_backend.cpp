@@ -1,0 +1,240 @@
+#include "cuda/cuda_backend.h"
+
+#include <algorithm>
+
+#include "vptq/error.h"
+
+namespace vptq::cuda {
+namespace {
+
+size_t element_bytes(DType type) { return type == DType::f32 ? 4 : 2; }
+
+}  // namespace
+
+CudaBackend::CudaBackend() {
+  int n_devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&n_devices);
+  if (error != cudaSuccess || n_devices == 0)
+    throw UnsupportedError(std::string("device cuda: there is no GPU that can be used: ") +
+                           (error != cudaSuccess ? cudaGetErrorString(error) : "the driver lists none"));
+  int device = 0;
+  check(cudaGetDevice(&device), "looking at the GPU");
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, device), "looking at the GPU");
+  name_ = properties.name;
+  check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
+  memory_ = std::make_unique<Memory>(stream_);
+  batches_ = std::make_unique<Batches>(*memory_, max_tokens());
+}
+
+CudaBackend::~CudaBackend() {
+  cudaStreamSynchronize(stream_);
+  forget_steps();
+  for (const Buffer& buffer : {workspace_, logits_}) cudaFree(buffer.data);
+  batches_.reset();
+  memory_.reset();
+  cudaStreamDestroy(stream_);
+}
+
+size_t CudaBackend::available_memory() const {
+  size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), "asking for the free memory");
+  return free;
+}
+
+size_t CudaBackend::weight_memory(const Model& model) const {
+  size_t bytes = 0;
+  for (const auto& [name, tensor] : model.file().tensors()) bytes += tensor.bytes;
+  return bytes;
+}
+
+void CudaBackend::write(std::byte* to, const void* host, size_t bytes) {
+  check(cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, stream_), "writing to the GPU");
+  check(cudaStreamSynchronize(stream_), "writing to the GPU");
+}
+
+void CudaBackend::read(const std::byte* from, void* host, size_t bytes) {
+  check(cudaMemcpyAsync(host, from, bytes, cudaMemcpyDeviceToHost, stream_), "reading from the GPU");
+  check(cudaStreamSynchronize(stream_), "reading from the GPU");
+}
+
+Tensor CudaBackend::table(const Tensor& weights) {
+  Tensor out = weights;
+  out.data = memory_->upload(weights.data, weights.bytes, "tensor '" + weights.name + "'");
+  return out;
+}
+
+const float* CudaBackend::vector(const Tensor& weights) {
+  std::vector<float> values(weights.bytes / element_bytes(weights.type));
+  to_float(weights.type, weights.data, values.size(), values.data());
+  return vector(values);
+}
+
+const float* CudaBackend::vector(const std::vector<float>& values) {
+  std::byte* out = allocate(values.size() * sizeof(float), "a vector");
+  write(out, values.data(), values.size() * sizeof(float));
+  return reinterpret_cast<const float*>(out);
+}
+
+std::unique_ptr<Linear> CudaBackend::linear(const LinearWeights& w, bool rounded) {
+  auto out = std::make_unique<CudaLinear>();
+  out->rounded = rounded;
+  if (const auto* vptq = std::get_if<VptqWeights>(&w.weights)) {
+    out->layer = upload(w, *vptq);
+  } else {
+    const Tensor& weight = std::get<DenseWeights>(w.weights).weight;
+    out->layer =
+        DenseLayer{w.in_features, w.out_features, weight.type, table(weight).data, w.bias ? vector(*w.bias) : nullptr};
+  }
+  return out;
+}
+
+VqLayer CudaBackend::upload(const LinearWeights& w, const VptqWeights& vptq) {
+  const std::string what = "layer '" + w.name + "'";
+  const auto optional = [&](const Tensor* t) { return t ? vector(*t) : nullptr; };
+  VqLayer out{w.in_features,
+              w.out_features,
+              static_cast<int>(vptq.columns.size()),
+              {},
+              nullptr,
+              optional(vptq.scale),
+              optional(vptq.shift),
+              optional(vptq.out_scale),
+              optional(vptq.out_shift),
+              optional(w.bias)};
+  for (int i = 0; i < out.n_columns; ++i) {
+    VqColumns& c = out.columns[i] = vptq.columns[i];
+    const size_t centroid_bytes = c.n_groups * element_bytes(c.type) * c.v;
+    c.indices = memory_->upload(c.indices, size_t(c.n_groups) * c.n_blocks * c.row_bytes, what);
+    c.centroids = memory_->upload(c.centroids, c.k * centroid_bytes, what);
+    if (c.r) c.res_centroids = memory_->upload(c.res_centroids, c.r * centroid_bytes, what);
+  }
+  if (vptq.perm)
+    out.perm = reinterpret_cast<const uint16_t*>(
+        memory_->upload(reinterpret_cast<const std::byte*>(vptq.perm), w.in_features * sizeof(uint16_t), what));
+  return out;
+}
+
+void* CudaBackend::grown(Buffer& buffer, size_t bytes, const char* what) {
+  if (bytes > buffer.bytes) {
+    forget_steps();
+    check(cudaStreamSynchronize(stream_), what);
+    check(cudaFree(buffer.data), what);
+    buffer = {};
+    void* data = nullptr;
+    check(cudaMalloc(&data, bytes), what);
+    buffer = {static_cast<std::byte*>(data), bytes};
+  }
+  return buffer.data;
+}
+
+void CudaBackend::forward(const Batch& batch, const Batch& outputs, std::span<float> logits,
+                          const std::function<void(float*)>& operations) {
+  batches_->upload(batch, outputs, stream_);
+  if (batches_->addresses() != addresses_) forget_steps();
+  addresses_ = batches_->addresses();
+  auto* out = static_cast<float*>(grown(logits_, logits.size_bytes(), "allocating the logits"));
+  if (batch.n_prompt == 0 && outputs.n() == batch.n() && batch.n() <= kFewTokens)
+    play(batch.n(), operations, out);
+  else
+    operations(out);
+  if (!logits.empty())
+    check(cudaMemcpyAsync(logits.data(), out, logits.size_bytes(), cudaMemcpyDeviceToHost, stream_),
+          "reading the logits");
+  check(cudaStreamSynchronize(stream_), "running a step");
+}
+
+void CudaBackend::play(int n, const std::function<void(float*)>& operations, float* out) {
+  const auto [known, fresh] = steps_.try_emplace(n);
+  if (fresh) {
+    operations(out);
+    return;
+  }
+  if (!known->second.graph) {
+    cudaGraph_t graph = nullptr;
+    check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "recording a step");
+    try {
+      operations(out);
+    } catch (...) {
+      cudaStreamEndCapture(stream_, &graph);
+      if (graph) cudaGraphDestroy(graph);
+      throw;
+    }
+    check(cudaStreamEndCapture(stream_, &graph), "recording a step");
+    const cudaError_t error = cudaGraphInstantiate(&known->second.graph, graph, 0);
+    cudaGraphDestroy(graph);
+    check(error, "recording a step");
+  }
+  check(cudaGraphLaunch(known->second.graph, stream_), "running a recorded step");
+}
+
+void CudaBackend::forget_steps() {
+  for (const auto& [n, step] : steps_)
+    if (step.graph) cudaGraphExecDestroy(step.graph);
+  steps_.clear();
+}
+
+void CudaBackend::embed(const Batch& batch, const Tensor& table, float* x) {
+  cuda::embed((*batches_)[batch], table, static_cast<int>(table.shape[1]), x, stream_);
+}
+
+void CudaBackend::rms_norm(const float* x, int n, int d, const float* weight, float eps, float* out) {
+  cuda::rms_norm(x, n, d, weight, eps, out, stream_);
+}
+
+void CudaBackend::apply(std::initializer_list<Projection> projections, const float* x, int n, int n_prompt) {
+  VqUse uses[kMaxUses];
+  int n_uses = 0;
+  const auto& first = static_cast<const CudaLinear&>(projections.begin()->layer);
+  const int many = first.rounded ? n_prompt : 0;  // tokens whose x may be rounded
+  const float* rest = x + size_t(many) * first.in_features();
+  for (const Projection& p : projections) {
+    const auto& linear = static_cast<const CudaLinear&>(p.layer);
+    if (many) apply_many(linear, x, many, p.y);
+    if (many == n) continue;
+    float* y = p.y + size_t(many) * linear.out_features();
+    if (const auto* dense = std::get_if<DenseLayer>(&linear.layer))
+      dense_few(*dense, rest, n - many, y, stream_);
+    else
+      uses[n_uses++] = {std::get<VqLayer>(linear.layer), y};
+  }
+  if (n_uses) vq_few(uses, n_uses, rest, n - many, stream_);
+}
+
+void CudaBackend::apply_many(const CudaLinear& linear, const float* x, int n, float* y) {
+  void* workspace = grown(workspace_, gemm_workspace(n, linear.in_features()), "allocating workspace");
+  if (const auto* dense = std::get_if<DenseLayer>(&linear.layer))
+    dense_many(*dense, x, n, y, workspace, stream_);
+  else
+    vq_many(std::get<VqLayer>(linear.layer), x, n, y, workspace, stream_);
+}
+
+void CudaBackend::rope(const Batch& batch, int n_head, int head_dim, const float* inv_freq, float* x) {
+  cuda::rope((*batches_)[batch], n_head, head_dim, inv_freq, x, stream_);
+}
+
+void CudaBackend::store_kv(const Batch& batch, const KvLayout& layout, int layer, const float* k, const float* v) {
+  cuda::store_kv((*batches_)[batch], layout, layer, k, v, stream_);
+}
+
+void CudaBackend::attention(const Batch& batch, const KvLayout& layout, int layer, int n_head, int window,
+                            const float* q, float* out) {
+  const size_t floats = attention_workspace(batch.n(), n_head, layout.head_dim);
+  auto* workspace = static_cast<float*>(grown(workspace_, floats * sizeof(float), "allocating workspace"));
+  cuda::attention((*batches_)[batch], layout, layer, n_head, window, q, out, workspace, stream_);
+}
+
+void CudaBackend::swiglu(float* gate, const float* up, size_t n) { cuda::swiglu(gate, up, n, stream_); }
+
+void CudaBackend::add(float* x, const float* y, size_t n) { cuda::add(x, y, n, stream_); }
+
+void CudaBackend::select_outputs(const Batch& batch, int d, const float* x, float* out) {
+  cuda::select((*batches_)[batch], d, x, out, stream_);
+}
+
+}  // namespace vptq::cuda
+
+// What the runtime looks for in this library. Throws UnsupportedError where there is no GPU.
+extern "C" __attribute__((visibility("default"))) vptq::Backend* vptq_cuda_backend() {
+  return new vptq::cuda::CudaBackend;
+}

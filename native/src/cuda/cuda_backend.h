@@ -1,0 +1,89 @@
+// The operations of backend.h on a GPU: keeps the weights there, launches the kernels, and records the launches of a
+// decoding step to play them again.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <variant>
+
+#include "backend.h"
+#include "cuda/batches.h"
+#include "cuda/kernels.h"
+#include "cuda/memory.h"
+
+namespace vptq::cuda {
+
+// A linear layer whose weights are on the GPU.
+struct CudaLinear : Linear {
+  std::variant<DenseLayer, VqLayer> layer;
+  bool rounded = false;  // prompts go through it in f16
+
+  int in_features() const {
+    return std::visit([](const auto& l) { return l.in_features; }, layer);
+  }
+  int out_features() const {
+    return std::visit([](const auto& l) { return l.out_features; }, layer);
+  }
+};
+
+class CudaBackend : public Backend {
+ public:
+  // On the current device. Throws UnsupportedError where there is none.
+  CudaBackend();
+  ~CudaBackend() override;
+
+  std::string description() const override { return "cuda (" + name_ + ")"; }
+  size_t available_memory() const override;
+  size_t weight_memory(const Model& model) const override;
+  int max_tokens() const override { return 512; }
+  bool rounding_pays() const override { return true; }
+  std::byte* allocate(size_t bytes, const std::string& what) override { return memory_->allocate(bytes, what); }
+  void write(std::byte* to, const void* host, size_t bytes) override;
+  void read(const std::byte* from, void* host, size_t bytes) override;
+
+  std::unique_ptr<Linear> linear(const LinearWeights& weights, bool rounded) override;
+  Tensor table(const Tensor& weights) override;
+  const float* vector(const Tensor& weights) override;
+  const float* vector(const std::vector<float>& values) override;
+
+  void forward(const Batch& batch, const Batch& outputs, std::span<float> logits,
+               const std::function<void(float*)>& operations) override;
+  void embed(const Batch& batch, const Tensor& table, float* x) override;
+  void rms_norm(const float* x, int n, int d, const float* weight, float eps, float* out) override;
+  void apply(std::initializer_list<Projection> projections, const float* x, int n, int n_prompt) override;
+  void rope(const Batch& batch, int n_head, int head_dim, const float* inv_freq, float* x) override;
+  void store_kv(const Batch& batch, const KvLayout& layout, int layer, const float* k, const float* v) override;
+  void attention(const Batch& batch, const KvLayout& layout, int layer, int n_head, int window, const float* q,
+                 float* out) override;
+  void swiglu(float* gate, const float* up, size_t n) override;
+  void add(float* x, const float* y, size_t n) override;
+  void select_outputs(const Batch& batch, int d, const float* x, float* out) override;
+
+ private:
+  // Memory that grows with what is asked of it; whatever was recorded with it before is forgotten then.
+  struct Buffer {
+    std::byte* data = nullptr;
+    size_t bytes = 0;
+  };
+  // The step of so many generated tokens: run once as it is, so that all buffers have grown, then recorded.
+  struct Step {
+    cudaGraphExec_t graph = nullptr;
+  };
+
+  VqLayer upload(const LinearWeights& weights, const VptqWeights& vptq);
+  void apply_many(const CudaLinear& linear, const float* x, int n, float* y);
+  void* grown(Buffer& buffer, size_t bytes, const char* what);
+  void play(int n, const std::function<void(float*)>& operations, float* out);
+  void forget_steps();
+
+  std::string name_;
+  Stream stream_ = nullptr;
+  std::unique_ptr<Memory> memory_;
+  std::unique_ptr<Batches> batches_;
+  Buffer workspace_, logits_;
+  std::map<int, Step> steps_;  // by their number of tokens
+  int addresses_ = 0;          // of the batches, when they were recorded
+};
+
+}  // namespace vptq::cuda

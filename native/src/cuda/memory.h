@@ -1,0 +1,45 @@
+// Memory of the GPU that lives as long as the backend, and the way of the weights into it.
+#pragma once
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "cuda/runtime.h"
+
+namespace vptq::cuda {
+
+class Memory {
+ public:
+  explicit Memory(Stream stream) : stream_(stream) {}
+  ~Memory();
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+
+  // Aligned to 256 bytes. Throws OutOfMemoryError, which names `what`.
+  std::byte* allocate(size_t bytes, const std::string& what);
+
+  // A copy of a file's bytes; the same one where they have been asked for before. Read in chunks into pinned memory,
+  // while the chunk before is on its way.
+  const std::byte* upload(const std::byte* data, size_t bytes, const std::string& what);
+
+ private:
+  static constexpr size_t kChunk = size_t{8} << 20;  // bytes
+
+  struct Slab {
+    std::byte* data;
+    size_t bytes;
+  };
+  struct Staging {
+    std::byte* data = nullptr;   // (kChunk), pinned
+    cudaEvent_t sent = nullptr;  // when it can be written again
+  };
+
+  Stream stream_;
+  std::vector<Slab> slabs_;
+  size_t used_ = 0;  // bytes of the last slab
+  Staging staging_[2];
+  std::map<std::pair<const std::byte*, size_t>, const std::byte*> uploaded_;
+};
+
+}  // namespace vptq::cuda
