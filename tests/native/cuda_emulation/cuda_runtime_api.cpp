@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "block.h"
+#include "sanitizers.h"
 #include "work.h"
 
 using Work = std::function<void()>;
@@ -48,6 +49,7 @@ std::mutex mutex;
 std::set<CUstream_st*> streams;
 std::map<uintptr_t, size_t> device_memory, pinned_memory;  // address to bytes
 size_t device_bytes = 0;
+int n_running = 0;  // works
 std::map<const void*, size_t> allowed_shared;
 
 cudaError_t result(cudaError_t error) {
@@ -79,6 +81,24 @@ bool forbidden_by_capture() {
   return forbidden;
 }
 
+void forbid(uintptr_t memory, size_t bytes) { ASAN_POISON_MEMORY_REGION(reinterpret_cast<void*>(memory), bytes); }
+void permit(uintptr_t memory, size_t bytes) { ASAN_UNPOISON_MEMORY_REGION(reinterpret_cast<void*>(memory), bytes); }
+
+// Device memory is there only while this is.
+class Running {
+ public:
+  Running() {
+    const std::lock_guard lock(mutex);
+    if (n_running++ > 0) return;
+    for (const auto& [memory, bytes] : device_memory) permit(memory, bytes);
+  }
+  ~Running() {
+    const std::lock_guard lock(mutex);
+    if (--n_running > 0) return;
+    for (const auto& [memory, bytes] : device_memory) forbid(memory, bytes);
+  }
+};
+
 // Runs the work, or records it. The mutex is free while it runs.
 cudaError_t submit(cudaStream_t stream, Work work) {
   {
@@ -91,6 +111,7 @@ cudaError_t submit(cudaStream_t stream, Work work) {
     }
     if (!stream && forbidden_by_capture()) return cudaErrorStreamCaptureUnsupported;
   }
+  const Running running;
   work();
   return cudaSuccess;
 }
@@ -228,6 +249,7 @@ cudaError_t cudaMalloc(void** memory, size_t bytes) {
   *memory = nullptr;
   if (device_bytes > total || bytes > total - device_bytes) return result(cudaErrorMemoryAllocation);
   const cudaError_t error = allocate(memory, bytes, device_memory);
+  if (*memory && n_running == 0) forbid(reinterpret_cast<uintptr_t>(*memory), bytes);
   if (error == cudaSuccess) device_bytes += bytes;
   return result(error);
 }
@@ -238,6 +260,7 @@ cudaError_t cudaFree(void* memory) {
   if (!memory) return cudaSuccess;
   const auto found = device_memory.find(reinterpret_cast<uintptr_t>(memory));
   if (found == device_memory.end()) return result(cudaErrorInvalidValue);
+  permit(found->first, found->second);
   device_bytes -= found->second;
   device_memory.erase(found);
   std::free(memory);
@@ -285,10 +308,8 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 }
 
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
-  cudaError_t error = wait_for_device();
-  if (error == cudaSuccess) error = check_copy(to, from, bytes, kind, false);
-  if (error == cudaSuccess && bytes) std::memcpy(to, from, bytes);
-  return result(error);
+  const cudaError_t error = wait_for_device();
+  return error == cudaSuccess ? cudaMemcpyAsync(to, from, bytes, kind) : result(error);
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {

@@ -39,7 +39,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);
 cudaError_t cudaDeviceSynchronize();
 
 // Device memory is as large as the environment's VPTQ_EMULATED_MEMORY says, in bytes; 4 GiB without it. What is
-// allocated has every byte 0xff.
+// allocated has every byte 0xff. AddressSanitizer reports the host's own reads and writes there ("use after poison").
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total);
 cudaError_t cudaMalloc(void** memory, size_t bytes);
 cudaError_t cudaFree(void* memory);

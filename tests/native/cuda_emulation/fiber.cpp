@@ -5,15 +5,7 @@
 #include <cstdint>
 #include <new>
 
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define __SANITIZE_ADDRESS__ 1
-#endif
-#endif
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
+#include "sanitizers.h"
 
 // void vptq_switch_stacks(void** from, void* to): leaves what a call keeps on this stack, notes its pointer in *from
 // and takes up the stack whose pointer is `to`. (swapcontext() would ask the kernel twice for the signals' mask.)
@@ -112,9 +104,7 @@ Fiber::Fiber(void (*run)()) : run_(run) {
 
 Fiber::~Fiber() {
   if (!mapped_) return;
-#ifdef __SANITIZE_ADDRESS__
   ASAN_UNPOISON_MEMORY_REGION(bottom_, bytes_);
-#endif
   munmap(mapped_, kGuardBytes + kStackBytes);
 }
 

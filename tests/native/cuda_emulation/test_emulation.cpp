@@ -380,6 +380,7 @@ void test_sanitizer() {
   const Device<float> seven(std::vector<float>(7, 0.0f)), eight(std::vector<float>(8, 0.0f));
   EXPECT(contains(death([&] { launch(read_past, {1, 8, 32}, nullptr, seven.get(), eight.get()); }), "read_past"));
   EXPECT(contains(death([&] { launch(read_past, {1, 8, 28}, nullptr, eight.get(), eight.get()); }), "read_past"));
+  EXPECT(contains(death([&] { std::printf("%f", static_cast<double>(eight.get()[0])); }), "use-after-poison"));
 }
 #else
 void test_sanitizer() {}
