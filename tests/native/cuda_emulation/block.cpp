@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "fiber.h"
+#include "sanitizers.h"
 
 namespace vptq::cuda::emulation {
 
@@ -56,12 +57,15 @@ struct Machine {
   Warp warps[kMaxThreads / kLanes];
   uint32_t ready_warps;  // bits of warps with ready lanes
   int n_threads, n_returned, n_at_barrier;
+  unsigned n_barriers;  // that have opened
   Thread* current;
   Fiber* host;
   Fiber* running;
   std::vector<Fiber*>* idle;
   std::vector<std::unique_ptr<Fiber>>* fibers;
   std::byte* shared;
+  // For acquire() and release(): a block's start and end, and its barriers by parity, as deposits.
+  char block_start, block_end, barriers[2];
 };
 
 Machine m;
@@ -158,6 +162,7 @@ Fiber& idle_fiber() {
 void open_barrier_if_all_are_there() {
   if (m.n_at_barrier == 0 || m.n_at_barrier < m.n_threads - m.n_returned) return;
   m.n_at_barrier = 0;
+  ++m.n_barriers;
   for (int i = 0; i < m.n_threads; ++i) {
     Thread& thread = m.threads[i];
     if (thread.returned) continue;
@@ -180,19 +185,33 @@ void wait() {
 }
 
 // What a fiber does: runs the current thread, then others that have not started, until one that waits on another fiber
-// is to go on, or the block is done. Whoever switches back here has a new thread to start.
+// is to go on, or the block is done. Whoever switches back here has a new thread to start. Where races are sought, each
+// of the block's threads has a fiber of its own.
 void run_threads() {
   for (;;) {
+    if (races_are_sought()) {
+      char name[64];
+      std::snprintf(name, sizeof(name), "thread (%u, %u, %u)", thread_index.x, thread_index.y, thread_index.z);
+      m.running->set_name(name);
+    }
+    acquire(&m.block_start);
     (*m.thread)();
+    release(&m.block_end);
     m.current->returned = true;
     ++m.n_returned;
     open_barrier_if_all_are_there();
     Thread* next = next_thread();
     if (!next && m.n_returned < m.n_threads) deadlock();
     if (next) make_current(*next);
-    if (next && !next->fiber) continue;
-    m.idle->push_back(m.running);
-    switch_to(next ? *next->fiber : *m.host);
+    if (!races_are_sought()) {
+      if (next && !next->fiber) continue;
+      m.idle->push_back(m.running);
+    }
+    if (!next) {
+      switch_to(*m.host);
+    } else {
+      switch_to(next->fiber ? *next->fiber : idle_fiber());
+    }
   }
 }
 
@@ -214,8 +233,14 @@ void run_block() {
     warp.ready = warp.arrived = 0;
     set_ready(first / kLanes, warp.lanes);
   }
+  if (races_are_sought()) {
+    m.idle->clear();
+    for (const auto& fiber : *m.fibers) m.idle->push_back(fiber.get());
+  }
+  release(&m.block_start);
   make_current(*next_thread());
   switch_to(idle_fiber());
+  acquire(&m.block_end);
 }
 
 // Which way the launch runs: VPTQ_EMULATED_ORDER is forward, backward or, by default, alternate.
@@ -234,6 +259,8 @@ void run_grid(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, co
   static thread_local std::vector<std::unique_ptr<Fiber>> fibers;
   static thread_local std::vector<Fiber*> idle;
   const std::lock_guard lock(one_launch);
+  fibers.reserve(kMaxThreads);  // threads that look for an idle one shall not be seen to free what others wrote
+  idle.reserve(kMaxThreads);
   Fiber host;
   m.kernel = kernel;
   m.thread = &thread;
@@ -269,8 +296,11 @@ std::byte* dynamic_shared() { return m.shared; }
 void sync_block() {
   m.current->waits_for = kSyncBlock;
   ++m.n_at_barrier;
+  char* barrier = &m.barriers[m.n_barriers % 2];
+  release(barrier);
   open_barrier_if_all_are_there();
   wait();
+  acquire(barrier);
 }
 
 const std::byte* exchange(const char* operation, const void* own, size_t bytes, void (*combine)(std::byte*)) {
@@ -281,7 +311,11 @@ const std::byte* exchange(const char* operation, const void* own, size_t bytes, 
     fail((std::string("a lane in ") + operation + " while others of its warp wait in " + warp.operation).c_str());
   }
   auto& deposits = warp.deposits[self.exchanges++ % 2];
-  if (bytes) std::memcpy(deposits[lane()], own, bytes);
+  note_read(own, bytes);
+  // Not by memcpy(), which would be noted as a write.
+  for (size_t i = 0; i < bytes; ++i) {
+    *static_cast<volatile std::byte*>(&deposits[lane()][i]) = static_cast<const std::byte*>(own)[i];
+  }
   warp.operation = self.waits_for = operation;
   warp.arrived |= 1u << lane();
   if (!~warp.arrived) {
@@ -295,12 +329,21 @@ const std::byte* exchange(const char* operation, const void* own, size_t bytes, 
   return deposits[0];
 }
 
+void sync_warp() {
+  Thread& self = *m.current;
+  std::byte* place = warp_of(self).deposits[self.exchanges % 2][0];
+  release(place);
+  exchange("sync_warp", nullptr, 0);
+  acquire(place);
+}
+
 int lane() { return number(*m.current) % kLanes; }
 
 void copy_async(void* to, const void* from) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) {
     fail("copy_async of what is not aligned to 16 bytes");
   }
+  note_write(to, 16);
   std::memset(to, 0xff, 16);
   m.current->copies.push_back({to, from});
 }
@@ -312,7 +355,12 @@ void wait_copies(size_t but) {
   if (self.group_ends.size() <= but) return;
   const auto n_groups = static_cast<ptrdiff_t>(self.group_ends.size() - but);
   const size_t n_copies = self.group_ends[static_cast<size_t>(n_groups - 1)];
-  for (size_t i = 0; i < n_copies; ++i) std::memcpy(self.copies[i].to, self.copies[i].from, 16);
+  for (size_t i = 0; i < n_copies; ++i) {
+    const auto [to, from] = self.copies[i];
+    note_read(from, 16);
+    note_write(to, 16);
+    std::memcpy(to, from, 16);
+  }
   self.copies.erase(self.copies.begin(), self.copies.begin() + static_cast<ptrdiff_t>(n_copies));
   self.group_ends.erase(self.group_ends.begin(), self.group_ends.begin() + n_groups);
   for (size_t& end : self.group_ends) end -= n_copies;

@@ -32,6 +32,7 @@ void sync_block();
 inline constexpr size_t kDepositBytes = 32;
 const std::byte* exchange(const char* operation, const void* own, size_t bytes,
                           void (*combine)(std::byte* deposits) = nullptr);
+void sync_warp();  // an exchange of nothing; alone among exchanges, it orders accesses to memory
 int lane();
 // A copy of 16 bytes that becomes visible when it is waited for. Until then its place holds 0xff.
 void copy_async(void* to, const void* from);

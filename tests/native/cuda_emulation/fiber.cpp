@@ -90,7 +90,12 @@ thread_local Fiber* left = nullptr;
 
 }  // namespace
 
+Fiber::Fiber() {
+  if (races_are_sought()) accesses_ = __tsan_get_current_fiber();
+}
+
 Fiber::Fiber(void (*run)()) : run_(run) {
+  if (races_are_sought()) accesses_ = __tsan_create_fiber(0);
   mapped_ = mmap(nullptr, kGuardBytes + kStackBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapped_ == MAP_FAILED) throw std::bad_alloc();
   char* bottom = static_cast<char*>(mapped_) + kGuardBytes;
@@ -104,8 +109,13 @@ Fiber::Fiber(void (*run)()) : run_(run) {
 
 Fiber::~Fiber() {
   if (!mapped_) return;
+  if (races_are_sought()) __tsan_destroy_fiber(accesses_);
   ASAN_UNPOISON_MEMORY_REGION(bottom_, bytes_);
   munmap(mapped_, kGuardBytes + kStackBytes);
+}
+
+void Fiber::set_name(const char* name) {
+  if (races_are_sought()) __tsan_set_fiber_name(accesses_, name);
 }
 
 void Fiber::switch_to(Fiber& to) {
@@ -114,6 +124,8 @@ void Fiber::switch_to(Fiber& to) {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_start_switch_fiber(&fake_stack_, to.bottom_, to.bytes_);
 #endif
+  constexpr unsigned kNoSynchronization = 1;
+  if (races_are_sought()) __tsan_switch_to_fiber(to.accesses_, kNoSynchronization);
   vptq_switch_stacks(&stack_pointer_, to.stack_pointer_);
   arrive();
 }

@@ -7,12 +7,13 @@ namespace vptq::cuda::emulation {
 
 class Fiber {
  public:
-  Fiber() = default;              // the caller's own stack
+  Fiber();                        // the caller's own stack
   explicit Fiber(void (*run)());  // a new stack, on which run() starts at the first switch to it; it must not return
   ~Fiber();
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
+  void set_name(const char* name);  // for messages of ThreadSanitizer
   // Goes on with `to`; returns when somebody switches back.
   void switch_to(Fiber& to);
 
@@ -23,10 +24,11 @@ class Fiber {
   void (*run_)() = nullptr;
   void* mapped_ = nullptr;
   void* stack_pointer_ = nullptr;  // while another fiber runs
-  // What AddressSanitizer wants to know.
+  // What the sanitizers want to know.
   const void* bottom_ = nullptr;
   size_t bytes_ = 0;
   void* fake_stack_ = nullptr;
+  void* accesses_ = nullptr;  // ThreadSanitizer's account of them
 };
 
 }  // namespace vptq::cuda::emulation

@@ -225,7 +225,9 @@ void test_copies() {
   }
 }
 
-__global__ void read_unwritten(float* out) { out[0] = reinterpret_cast<const float*>(dynamic_shared())[threadIdx.x]; }
+__global__ void read_unwritten(float* out) {
+  out[threadIdx.x] = reinterpret_cast<const float*>(dynamic_shared())[threadIdx.x];
+}
 
 void test_unwritten_memory() {
   const Device<float> out({0});
@@ -325,7 +327,7 @@ bool launches(const Shape& shape) {
 void test_shapes() {
   EXPECT(!launches({1, 0}) && !launches({0, 32}) && !launches({1, 1025}) && !launches({dim3(1, 65536), 32}));
   EXPECT(!launches({1, 32, (48 << 10) + 1}));
-  const Device<float> out({0});
+  const Device<float> out(std::vector<float>(32, 0.0f));
   allow_shared(read_unwritten, 227 << 10);
   launch(read_unwritten, {1, 32, 227 << 10}, nullptr, out.get());
   EXPECT(cudaFuncSetAttribute(nullptr, cudaFuncAttributeMaxDynamicSharedMemorySize, (227 << 10) + 1) ==
@@ -386,7 +388,60 @@ void test_sanitizer() {
 void test_sanitizer() {}
 #endif
 
+#ifdef __SANITIZE_THREAD__
+enum Race { kNone, kReadTooEarly, kWrittenTooEarly, kCopyNotShown, kShuffleIsNoBarrier };
+
+// Threads of one warp that hand values on through shared memory, twice.
+template <Race kRace>
+__global__ void hand_on(const float4* x, float4* out) {
+  auto* shared = reinterpret_cast<float4*>(dynamic_shared());
+  const int t = static_cast<int>(threadIdx.x), next = (t + 1) % kWarp;
+  shared[t] = x[t];
+  if (kRace != kReadTooEarly) sync_block();
+  float4 sum = shared[next];
+  if (kRace != kWrittenTooEarly) sync_warp();
+  copy_async(&shared[t], &x[next]);
+  commit_copies();
+  wait_copies<0>();
+  if (kRace != kCopyNotShown) sync_block();
+  sum.x += shared[next].x;
+  if (kRace == kShuffleIsNoBarrier) {
+    sum.y = shuffle(sum.x, 0);
+  } else {
+    sync_warp();
+  }
+  shared[t].x = 0;
+  out[t] = sum;
+}
+
+template <Race kRace>
+void test_race(const float4* x, float4* out) {
+  const auto run = [&] { launch(hand_on<kRace>, {2, kWarp, kWarp * sizeof(float4)}, nullptr, x, out); };
+  if (kRace == kNone) {
+    run();
+  } else {
+    EXPECT(contains(death(run), "data race"));
+  }
+}
+
+void test_races() {
+  const Device<float4> x(std::vector<float4>(32)), out(std::vector<float4>(32));
+  test_race<kNone>(x.get(), out.get());
+  test_race<kReadTooEarly>(x.get(), out.get());
+  test_race<kWrittenTooEarly>(x.get(), out.get());
+  test_race<kCopyNotShown>(x.get(), out.get());
+  test_race<kShuffleIsNoBarrier>(x.get(), out.get());
+}
+#else
+void test_races() {}
+#endif
+
 }  // namespace
+
+#ifdef __SANITIZE_THREAD__
+extern "C" const char* __tsan_default_options();
+extern "C" const char* __tsan_default_options() { return "halt_on_error=1"; }
+#endif
 
 int main() {
   test_barriers();
@@ -401,5 +456,6 @@ int main() {
   test_shapes();
   test_deaths();
   test_sanitizer();
+  test_races();
   std::puts("ok");
 }

@@ -38,7 +38,7 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 VPTQ_DEVICE std::byte* dynamic_shared() { return emulation::dynamic_shared(); }
 
 VPTQ_DEVICE void sync_block() { emulation::sync_block(); }
-VPTQ_DEVICE void sync_warp() { emulation::exchange("sync_warp", nullptr, 0); }
+VPTQ_DEVICE void sync_warp() { emulation::sync_warp(); }
 
 template <class T>
 VPTQ_DEVICE T shuffle(T value, int lane) {
