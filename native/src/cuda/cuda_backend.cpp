@@ -22,6 +22,7 @@ CudaBackend::CudaBackend() {
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, device), "looking at the GPU");
   name_ = properties.name;
+  n_multiprocessors_ = properties.multiProcessorCount;
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
   memory_ = std::make_unique<Memory>(stream_);
   batches_ = std::make_unique<Batches>(*memory_, max_tokens());
@@ -219,9 +220,10 @@ void CudaBackend::store_kv(const Batch& batch, const KvLayout& layout, int layer
 
 void CudaBackend::attention(const Batch& batch, const KvLayout& layout, int layer, int n_head, int window,
                             const float* q, float* out) {
-  const size_t floats = attention_workspace(batch.n(), n_head, layout.head_dim);
+  const int n_splits = attention_splits(layout.n_head_kv, n_multiprocessors_);
+  const size_t floats = attention_workspace(batch.n(), n_head, layout.head_dim, n_splits);
   auto* workspace = static_cast<float*>(grown(workspace_, floats * sizeof(float), "allocating workspace"));
-  cuda::attention((*batches_)[batch], layout, layer, n_head, window, q, out, workspace, stream_);
+  cuda::attention((*batches_)[batch], layout, layer, n_head, window, n_splits, q, out, workspace, stream_);
 }
 
 void CudaBackend::swiglu(float* gate, const float* up, size_t n) { cuda::swiglu(gate, up, n, stream_); }

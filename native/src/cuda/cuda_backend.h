@@ -78,6 +78,7 @@ class CudaBackend : public Backend {
   void forget_steps();
 
   std::string name_;
+  int n_multiprocessors_;
   Stream stream_ = nullptr;
   std::unique_ptr<Memory> memory_;
   std::unique_ptr<Batches> batches_;
