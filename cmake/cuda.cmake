@@ -19,10 +19,14 @@ endif()
 if(CMAKE_CUDA_COMPILER)
   set(CMAKE_CUDA_ARCHITECTURES ${VPTQ_CUDA_ARCHITECTURES})
   enable_language(CUDA)
+  if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION) # CMake before 3.26 does not know that nvcc 13 takes it
+    set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+    set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+  endif()
   find_package(CUDAToolkit REQUIRED)
   add_library(vptq_cuda SHARED ${cuda_kernels} ${cuda_host})
   target_include_directories(vptq_cuda PRIVATE native/include ${src} ${CUDAToolkit_INCLUDE_DIRS})
-  set_target_properties(vptq_cuda PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden)
+  set_target_properties(vptq_cuda PROPERTIES CUDA_VISIBILITY_PRESET hidden)
   target_compile_options(vptq_cuda PRIVATE
     $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wno-missing-field-initializers>
     $<$<AND:$<BOOL:${VPTQ_WERROR}>,$<COMPILE_LANGUAGE:CXX>>:-Werror>
