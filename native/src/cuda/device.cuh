@@ -39,6 +39,10 @@ VPTQ_DEVICE float half_to_float(uint16_t h) { return __half2float(__ushort_as_ha
 VPTQ_DEVICE float bf16_to_float(uint16_t h) { return __uint_as_float(uint32_t{h} << 16); }
 VPTQ_DEVICE uint16_t float_to_half(float f) { return __half_as_ushort(__float2half_rn(f)); }  // to nearest even
 VPTQ_DEVICE float2 halves_to_floats(uint32_t h) { return __half22float2(*reinterpret_cast<const __half2*>(&h)); }
+VPTQ_DEVICE uint32_t floats_to_halves(float low, float high) {  // to nearest even
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
 VPTQ_DEVICE float float_from_bits(uint32_t bits) { return __uint_as_float(bits); }
 VPTQ_DEVICE uint32_t bits_of(float f) { return __float_as_uint(f); }
 VPTQ_DEVICE uint32_t add_halves(uint32_t a, uint32_t b) {

@@ -58,6 +58,9 @@ VPTQ_DEVICE uint16_t float_to_half(float f) { return emulation::float_to_half(f)
 VPTQ_DEVICE float2 halves_to_floats(uint32_t h) {
   return {half_to_float(static_cast<uint16_t>(h)), half_to_float(static_cast<uint16_t>(h >> 16))};
 }
+VPTQ_DEVICE uint32_t floats_to_halves(float low, float high) {
+  return float_to_half(low) | uint32_t{float_to_half(high)} << 16;
+}
 VPTQ_DEVICE float float_from_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
 VPTQ_DEVICE uint32_t bits_of(float f) { return std::bit_cast<uint32_t>(f); }
 VPTQ_DEVICE uint32_t add_halves(uint32_t a, uint32_t b) {

@@ -1,0 +1,129 @@
+// A dense matrix times the activations of many tokens: its weights are rounded to f16 on the way.
+#include "cuda/kernels/gemm.cuh"
+
+namespace vptq::cuda {
+namespace {
+
+// Two weights of a row, beginning at an even column: load() leaves them as they lie in memory, halves() makes f16 of
+// them. `both`: the second is inside the row.
+struct F32Pair {
+  float first, second;
+  VPTQ_DEVICE void load(const std::byte* row, int column, bool both, bool) {
+    const float* p = reinterpret_cast<const float*>(row) + column;
+    first = p[0];
+    second = both ? p[1] : 0;
+  }
+  VPTQ_DEVICE uint32_t halves() const { return floats_to_halves(first * kWeightFactor, second * kWeightFactor); }
+};
+struct F16Pair {
+  uint32_t pair;
+  VPTQ_DEVICE void load(const std::byte* row, int column, bool both, bool aligned) {
+    const uint16_t* p = reinterpret_cast<const uint16_t*>(row) + column;
+    if (aligned)
+      pair = *reinterpret_cast<const uint32_t*>(p);
+    else
+      pair = p[0] | (both ? uint32_t{p[1]} << 16 : 0);
+  }
+  VPTQ_DEVICE uint32_t halves() const { return pair; }
+};
+struct Bf16Pair : F16Pair {
+  VPTQ_DEVICE uint32_t halves() const {
+    return floats_to_halves(float_from_bits(pair << 16) * kWeightFactor,
+                            float_from_bits(pair & 0xffff0000u) * kWeightFactor);
+  }
+};
+struct Q8Pair {
+  uint16_t scale, pair;
+  VPTQ_DEVICE void load(const std::byte* row, int column, bool, bool) {
+    const std::byte* block = row + int64_t{column} / kQ8Block * kQ8BlockBytes;
+    scale = *reinterpret_cast<const uint16_t*>(block);
+    pair = *reinterpret_cast<const uint16_t*>(block + 2 + column % kQ8Block);
+  }
+  VPTQ_DEVICE uint32_t halves() const {
+    const float d = half_to_float(scale) * kWeightFactor;
+    return floats_to_halves(static_cast<int8_t>(pair & 0xff) * d, static_cast<int8_t>(pair >> 8) * d);
+  }
+};
+
+struct DenseSource {
+  const std::byte* weight;
+  int64_t row_bytes;
+  int in_features;
+};
+
+// A tile of weights is kept row by row. Sixteen lanes beside each other load a row's step, a pair each.
+template <class T, class Pair>
+class DenseTile {
+ public:
+  using Source = DenseSource;
+  static constexpr bool kColumnMajor = false;
+  static constexpr int kStride = kStepStride, kElements = T::kOutputs * kStride;
+
+  VPTQ_DEVICE DenseTile(const DenseSource& w, int out_features, int first_output)
+      : w_(w), column_(threadIdx.x % kLanes * 2), row_(threadIdx.x / kLanes) {
+    last_row_ = lesser(T::kOutputs, out_features - first_output) - 1;
+    rows_ = w.weight + first_output * w.row_bytes;
+  }
+
+  VPTQ_DEVICE void ask(int) {}
+  VPTQ_DEVICE void fetch(int step) {
+    const int column = step * kStepColumns + column_;
+    there_ = column < w_.in_features;
+    if (!there_) return;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i)
+      pairs_[i].load(rows_ + lesser(row_ + i * kRowStep, last_row_) * w_.row_bytes, column, column + 1 < w_.in_features,
+                     w_.in_features % 2 == 0);
+  }
+  VPTQ_DEVICE void put(uint16_t* tile) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i)
+      *reinterpret_cast<uint32_t*>(tile + (row_ + i * kRowStep) * kStride + column_) = there_ ? pairs_[i].halves() : 0;
+  }
+
+ private:
+  static constexpr int kLanes = kStepColumns / 2;        // a row
+  static constexpr int kRowStep = T::kThreads / kLanes;  // from one row of a lane to its next
+  static constexpr int kPairs = T::kOutputs / kRowStep;
+
+  const DenseSource& w_;
+  const std::byte* rows_;
+  const int column_, row_;
+  int last_row_;  // of the tile's; those past it are that one again
+  bool there_;
+  Pair pairs_[kPairs];
+};
+
+template <class Pair>
+void run(const DenseSource& w, const Product& p, Stream stream) {
+  if (count_tiles<LargeTile>(p) >= kEnoughTiles)
+    gemm<LargeTile, DenseTile<LargeTile, Pair>>(w, p, stream);
+  else
+    gemm<SmallTile, DenseTile<SmallTile, Pair>>(w, p, stream);
+}
+
+}  // namespace
+
+void dense_many(const DenseLayer& w, const float* x, int n, float* y, void* workspace, Stream stream) {
+  VqLayer layer{};  // without norms
+  layer.in_features = w.in_features;
+  layer.out_features = w.out_features;
+  layer.bias = w.bias;
+  const Product p{.x = prepare_activations(layer, x, n, workspace, stream),
+                  .first_column = 0,
+                  .n_columns = w.in_features,
+                  .layer = layer,
+                  .weight_inverse = w.type == DType::f16 ? 1 : 1 / kWeightFactor,
+                  .accumulate = false,
+                  .finish = true,
+                  .y = y};
+  const int64_t in = w.in_features;
+  switch (w.type) {
+    case DType::f16: return run<F16Pair>({w.weight, 2 * in, w.in_features}, p, stream);
+    case DType::bf16: return run<Bf16Pair>({w.weight, 2 * in, w.in_features}, p, stream);
+    case DType::q8_0: return run<Q8Pair>({w.weight, in / kQ8Block * kQ8BlockBytes, w.in_features}, p, stream);
+    default: return run<F32Pair>({w.weight, 4 * in, w.in_features}, p, stream);
+  }
+}
+
+}  // namespace vptq::cuda
