@@ -25,6 +25,10 @@ void attention(const DeviceBatch& batch, const KvLayout& layout, int layer, int 
                const float* q, float* out, float* workspace, Stream stream) {
   const float scale = 1.0f / std::sqrt(float(layout.head_dim));
   AttentionUse use{batch, KvHeads(layout, layer), 0, n_head, window, scale, q, out};
+  if (batch.n_prompt > 0 && attention_many_can(layout.type, layout.head_dim)) {
+    attention_many(use, layout.type, batch.n_prompt, stream);
+    use.first_token = batch.n_prompt;
+  }
   for (; use.first_token < batch.n; use.first_token += kTokensAtOnce)
     attention_few(use, layout.type, std::min(batch.n - use.first_token, kTokensAtOnce), n_splits, workspace, stream);
 }

@@ -28,4 +28,8 @@ struct AttentionUse {
 // Any tokens: each alone, in float32.
 void attention_few(const AttentionUse& use, DType type, int n, int n_splits, float* workspace, Stream stream);
 
+// The batch's first n tokens, on tensor cores: see attention_many.cu for what is rounded.
+bool attention_many_can(DType type, int head_dim);
+void attention_many(const AttentionUse& use, DType type, int n, Stream stream);
+
 }  // namespace vptq::cuda
