@@ -1,13 +1,16 @@
 #include "cuda_runtime_api.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <thread>
@@ -21,6 +24,7 @@
 using Work = std::function<void()>;
 
 struct CUstream_st {
+  std::deque<Work> pending;
   bool capturing = false, invalidated = false;
   cudaStreamCaptureMode mode{};
   std::thread::id capturer;
@@ -30,11 +34,15 @@ struct CUgraph_st {
   std::vector<Work> work;
 };
 struct CUgraphExec_st {
-  std::vector<Work> work;
+  std::shared_ptr<const std::vector<Work>> work;  // launched ones outlive it
 };
 struct CUevent_st {
-  std::chrono::steady_clock::time_point time;
-  bool recorded = false;
+  struct Moment {
+    std::atomic<bool> reached = false;
+    std::chrono::steady_clock::time_point time;
+  };
+  cudaStream_t stream = nullptr;
+  std::shared_ptr<Moment> moment;  // of the last record
 };
 
 namespace {
@@ -46,11 +54,14 @@ thread_local cudaError_t last_error = cudaSuccess;
 
 // Guarded by `mutex`: several OS threads may use several streams.
 std::mutex mutex;
-std::set<CUstream_st*> streams;
+std::set<cudaStream_t> streams;
 std::map<uintptr_t, size_t> device_memory, pinned_memory;  // address to bytes
 size_t device_bytes = 0;
 int n_running = 0;  // works
 std::map<const void*, size_t> allowed_shared;
+
+// Held while pending work runs, and not by who holds `mutex`: streams take turns.
+std::mutex one_stream;
 
 cudaError_t result(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
@@ -73,7 +84,7 @@ bool holds(const std::map<uintptr_t, size_t>& memory, const void* address, size_
 // What waits for the device, or may: not while a capture that forbids it is under way, which it ends.
 bool forbidden_by_capture() {
   bool forbidden = false;
-  for (CUstream_st* stream : streams) {
+  for (cudaStream_t stream : streams) {
     if (!stream->capturing || stream->mode == cudaStreamCaptureModeRelaxed) continue;
     if (stream->mode == cudaStreamCaptureModeThreadLocal && stream->capturer != std::this_thread::get_id()) continue;
     forbidden = stream->invalidated = true;
@@ -99,44 +110,62 @@ class Running {
   }
 };
 
-// Runs the work, or records it. The mutex is free while it runs.
+// Runs the stream's work, in order, until `enough`, or all of it. The caller holds `one_stream`.
+void run_pending(cudaStream_t stream, const std::function<bool()>& enough = [] { return false; }) {
+  const Running running;
+  while (!enough()) {
+    Work work;
+    {
+      const std::lock_guard lock(mutex);
+      if (stream->pending.empty()) return;
+      work = std::move(stream->pending.front());
+      stream->pending.pop_front();
+    }
+    work();
+  }
+}
+
+// Gives the stream work to do, or to record.
 cudaError_t submit(cudaStream_t stream, Work work) {
+  if (stream) {
+    const std::lock_guard lock(mutex);
+    if (!streams.count(stream)) return cudaErrorInvalidValue;
+    if (stream->invalidated) return cudaErrorStreamCaptureInvalidated;
+    if (stream->capturing) {
+      stream->recorded.push_back(std::move(work));
+    } else {
+      stream->pending.push_back(std::move(work));
+    }
+    return cudaSuccess;
+  }
   {
     const std::lock_guard lock(mutex);
-    if (stream && !streams.count(stream)) return cudaErrorInvalidValue;
-    if (stream && stream->capturing) {
-      if (stream->invalidated) return cudaErrorStreamCaptureInvalidated;
-      stream->recorded.push_back(std::move(work));
-      return cudaSuccess;
-    }
-    if (!stream && forbidden_by_capture()) return cudaErrorStreamCaptureUnsupported;
+    if (forbidden_by_capture()) return cudaErrorStreamCaptureUnsupported;
   }
   const Running running;
   work();
   return cudaSuccess;
 }
 
-cudaError_t check_copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, bool captured) {
-  const std::lock_guard lock(mutex);
+bool is_of_kind(const void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
   const bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
   const bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
-  if (kind != cudaMemcpyDefault) {
-    if (holds(device_memory, to, bytes) != to_device || holds(device_memory, from, bytes) != from_device) {
-      return cudaErrorInvalidValue;
-    }
-  }
-  // A graph cannot copy what the system may have moved.
-  const auto lasting = [&](const void* p) { return holds(device_memory, p, bytes) || holds(pinned_memory, p, bytes); };
-  if (captured && !(lasting(to) && lasting(from))) return cudaErrorStreamCaptureUnsupported;
-  return cudaSuccess;
+  return kind == cudaMemcpyDefault ||
+         (holds(device_memory, to, bytes) == to_device && holds(device_memory, from, bytes) == from_device);
 }
 
-bool captures(cudaStream_t stream) {
+// Memory that a copy in the background can use.
+bool lasts(const void* memory, size_t bytes) {
+  return holds(device_memory, memory, bytes) || holds(pinned_memory, memory, bytes);
+}
+
+bool is_stream(cudaStream_t stream) {
   const std::lock_guard lock(mutex);
-  return stream && streams.count(stream) && stream->capturing;
+  return streams.count(stream) > 0;
 }
 
-cudaError_t wait_for_device() {
+// Whether one may wait.
+cudaError_t check_wait() {
   const std::lock_guard lock(mutex);
   return forbidden_by_capture() ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
 }
@@ -233,7 +262,18 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceSynchronize() { return result(wait_for_device()); }
+cudaError_t cudaDeviceSynchronize() {
+  const cudaError_t error = check_wait();
+  if (error != cudaSuccess) return result(error);
+  const std::lock_guard in_turn(one_stream);
+  std::vector<cudaStream_t> all;
+  {
+    const std::lock_guard lock(mutex);
+    all.assign(streams.begin(), streams.end());
+  }
+  for (cudaStream_t stream : all) run_pending(stream);
+  return cudaSuccess;
+}
 
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   const std::lock_guard lock(mutex);
@@ -255,9 +295,9 @@ cudaError_t cudaMalloc(void** memory, size_t bytes) {
 }
 
 cudaError_t cudaFree(void* memory) {
+  const cudaError_t error = cudaDeviceSynchronize();
+  if (error != cudaSuccess || !memory) return error;
   const std::lock_guard lock(mutex);
-  if (forbidden_by_capture()) return result(cudaErrorStreamCaptureUnsupported);
-  if (!memory) return cudaSuccess;
   const auto found = device_memory.find(reinterpret_cast<uintptr_t>(memory));
   if (found == device_memory.end()) return result(cudaErrorInvalidValue);
   permit(found->first, found->second);
@@ -276,16 +316,16 @@ cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
 cudaError_t cudaMallocHost(void** memory, size_t bytes) { return cudaHostAlloc(memory, bytes, cudaHostAllocDefault); }
 
 cudaError_t cudaFreeHost(void* memory) {
+  const cudaError_t error = cudaDeviceSynchronize();
+  if (error != cudaSuccess || !memory) return error;
   const std::lock_guard lock(mutex);
-  if (forbidden_by_capture()) return result(cudaErrorStreamCaptureUnsupported);
-  if (memory && !pinned_memory.erase(reinterpret_cast<uintptr_t>(memory))) return result(cudaErrorInvalidValue);
+  if (!pinned_memory.erase(reinterpret_cast<uintptr_t>(memory))) return result(cudaErrorInvalidValue);
   std::free(memory);
   return cudaSuccess;
 }
 
-cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
-
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+  if (flags != cudaStreamNonBlocking) return result(cudaErrorInvalidValue);
   const std::lock_guard lock(mutex);
   *stream = new CUstream_st;
   streams.insert(*stream);
@@ -293,34 +333,59 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  if (!is_stream(stream)) return result(cudaErrorInvalidValue);
+  const std::lock_guard in_turn(one_stream);
+  run_pending(stream);
   const std::lock_guard lock(mutex);
-  if (!streams.erase(stream)) return result(cudaErrorInvalidValue);
+  streams.erase(stream);
   delete stream;
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  const std::lock_guard lock(mutex);
-  if (stream && !streams.count(stream)) return result(cudaErrorInvalidValue);
-  if (stream && stream->capturing) stream->invalidated = true;
-  const bool forbidden = forbidden_by_capture();
-  return result(forbidden || (stream && stream->capturing) ? cudaErrorStreamCaptureUnsupported : cudaSuccess);
+  {
+    const std::lock_guard lock(mutex);
+    if (stream && !streams.count(stream)) return result(cudaErrorInvalidValue);
+    if (stream && stream->capturing) {
+      stream->invalidated = true;
+      return result(cudaErrorStreamCaptureUnsupported);
+    }
+    if (forbidden_by_capture()) return result(cudaErrorStreamCaptureUnsupported);
+  }
+  if (!stream) return cudaSuccess;
+  const std::lock_guard in_turn(one_stream);
+  run_pending(stream);
+  return cudaSuccess;
 }
 
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
-  const cudaError_t error = wait_for_device();
+  const cudaError_t error = check_wait();
   return error == cudaSuccess ? cudaMemcpyAsync(to, from, bytes, kind) : result(error);
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
-  const cudaError_t error = check_copy(to, from, bytes, kind, captures(stream));
-  if (error != cudaSuccess || bytes == 0) return result(error);
-  return result(submit(stream, [=] { std::memcpy(to, from, bytes); }));
-}
-
-cudaError_t cudaMemset(void* to, int value, size_t bytes) {
-  const cudaError_t error = wait_for_device();
-  return error == cudaSuccess ? cudaMemsetAsync(to, value, bytes) : result(error);
+  if (bytes == 0) return cudaSuccess;
+  bool from_lasts, to_lasts;
+  {
+    const std::lock_guard lock(mutex);
+    if (stream && !streams.count(stream)) return result(cudaErrorInvalidValue);
+    if (!is_of_kind(to, from, bytes, kind)) return result(cudaErrorInvalidValue);
+    from_lasts = lasts(from, bytes);
+    to_lasts = lasts(to, bytes);
+    if (stream && stream->capturing && !(from_lasts && to_lasts)) {
+      stream->invalidated = true;
+      return result(cudaErrorStreamCaptureUnsupported);
+    }
+  }
+  // What is not pinned has been read, or written, when this returns.
+  if (!from_lasts) {
+    const auto* first = static_cast<const std::byte*>(from);
+    const std::vector copy(first, first + bytes);
+    return result(submit(stream, [=] { std::memcpy(to, copy.data(), bytes); }));
+  }
+  const cudaError_t error = submit(stream, [=] { std::memcpy(to, from, bytes); });
+  if (error != cudaSuccess || to_lasts) return result(error);
+  return cudaStreamSynchronize(stream);
 }
 
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
@@ -351,7 +416,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   if (!stream->capturing) return result(cudaErrorIllegalState);
   stream->capturing = false;
   std::vector<Work> recorded = std::exchange(stream->recorded, {});
-  if (stream->invalidated) return result(cudaErrorStreamCaptureInvalidated);
+  if (std::exchange(stream->invalidated, false)) return result(cudaErrorStreamCaptureInvalidated);
   *graph = new CUgraph_st{std::move(recorded)};
   return cudaSuccess;
 }
@@ -359,15 +424,14 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
   *exec = nullptr;
   if (!graph) return result(cudaErrorInvalidValue);
-  *exec = new CUgraphExec_st{graph->work};
+  *exec = new CUgraphExec_st{std::make_shared<const std::vector<Work>>(graph->work)};
   return cudaSuccess;
 }
 
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
   if (!exec) return result(cudaErrorInvalidValue);
-  if (captures(stream)) return result(cudaErrorStreamCaptureUnsupported);
-  return result(submit(stream, [exec] {
-    for (const Work& work : exec->work) work();
+  return result(submit(stream, [all = exec->work] {
+    for (const Work& work : *all) work();
   }));
 }
 
@@ -391,17 +455,28 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  return result(submit(stream, [event] {
-    event->time = std::chrono::steady_clock::now();
-    event->recorded = true;
+  event->stream = stream;
+  event->moment = std::make_shared<CUevent_st::Moment>();
+  return result(submit(stream, [moment = event->moment] {
+    moment->time = std::chrono::steady_clock::now();
+    moment->reached = true;
   }));
 }
 
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return result(wait_for_device()); }
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  const cudaError_t error = check_wait();
+  if (error != cudaSuccess) return result(error);
+  if (!event->moment) return cudaSuccess;
+  const std::lock_guard in_turn(one_stream);
+  if (!event->moment->reached) run_pending(event->stream, [&] { return event->moment->reached.load(); });
+  return cudaSuccess;
+}
 
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
-  if (!start->recorded || !end->recorded) return result(cudaErrorInvalidValue);
-  *milliseconds = std::chrono::duration<float, std::milli>(end->time - start->time).count();
+  for (cudaEvent_t event : {start, end}) {
+    if (!event->moment || !event->moment->reached) return result(cudaErrorInvalidValue);
+  }
+  *milliseconds = std::chrono::duration<float, std::milli>(end->moment->time - start->moment->time).count();
   return cudaSuccess;
 }
 

@@ -1,5 +1,6 @@
-// The part of the CUDA runtime that the backend uses, on the host's memory. A stream's work runs when it is asked for;
-// while the stream is being captured, it is recorded, and runs when its graph is launched.
+// The part of the CUDA runtime that the backend uses, on the host's memory. A stream's work waits until somebody waits
+// for it: results that are read, or pinned memory that is written to, too early are wrong. The default stream's work
+// runs at once. While a stream is being captured, work is recorded, and is the stream's when its graph is launched.
 #pragma once
 
 #include <cstddef>
@@ -49,8 +50,7 @@ cudaError_t cudaMallocHost(void** memory, size_t bytes);
 cudaError_t cudaFreeHost(void* memory);
 
 using cudaStream_t = struct CUstream_st*;
-enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1 };
-cudaError_t cudaStreamCreate(cudaStream_t* stream);
+enum { cudaStreamNonBlocking = 1 };  // the only kind there is
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
@@ -65,7 +65,6 @@ enum cudaMemcpyKind {
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind);
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream = nullptr);
-cudaError_t cudaMemset(void* to, int value, size_t bytes);
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream = nullptr);
 
 using cudaGraph_t = struct CUgraph_st*;

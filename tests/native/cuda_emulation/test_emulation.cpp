@@ -8,6 +8,7 @@
 #include <cstring>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cuda/device.cuh"
@@ -302,6 +303,53 @@ void test_graphs() {
   EXPECT(cudaFreeHost(pinned) == cudaSuccess && cudaStreamDestroy(stream) == cudaSuccess);
 }
 
+void test_streams() {
+  cudaStream_t stream;
+  cudaEvent_t event;
+  EXPECT(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess);
+  EXPECT(cudaEventCreateWithFlags(&event, cudaEventDisableTiming) == cudaSuccess);
+  float* pinned = nullptr;
+  EXPECT(cudaMallocHost(reinterpret_cast<void**>(&pinned), 8 * sizeof(float)) == cudaSuccess);
+  const Device<float> x(std::vector<float>(8, 0.0f)), y(std::vector<float>(8, 0.0f));
+  std::vector<float> pageable(8, 1.0f);
+  const auto copy = [&](void* to, const void* from, cudaMemcpyKind kind) {
+    return cudaMemcpyAsync(to, from, 8 * sizeof(float), kind, stream) == cudaSuccess;
+  };
+
+  // Pageable memory is read and written at once, pinned memory when somebody waits.
+  EXPECT(copy(x.get(), pageable.data(), cudaMemcpyHostToDevice));
+  pageable[0] = 2;
+  launch(scale, {1, 8}, stream, x.get(), 3.0f, y.get());
+  pinned[0] = 4;
+  EXPECT(copy(pinned, y.get(), cudaMemcpyDeviceToHost) && cudaEventRecord(event, stream) == cudaSuccess);
+  EXPECT(copy(x.get(), pinned, cudaMemcpyHostToDevice));
+  EXPECT(pinned[0] == 4 && x.values()[0] == 0);
+  EXPECT(cudaEventSynchronize(event) == cudaSuccess && pinned[0] == 3 && x.values()[0] == 1);
+  pinned[0] = 5;  // too early
+  EXPECT(copy(pageable.data(), x.get(), cudaMemcpyDeviceToHost) && pageable[0] == 5 && pageable[1] == 3);
+
+  EXPECT(cudaFreeHost(pinned) == cudaSuccess && cudaEventDestroy(event) == cudaSuccess);
+  EXPECT(cudaStreamDestroy(stream) == cudaSuccess);
+}
+
+// Several of the host's threads.
+void test_host_threads() {
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 4; ++i) {
+    threads.emplace_back([i] {
+      cudaStream_t stream;
+      EXPECT(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess);
+      const Device<float> x(std::vector<float>(64, static_cast<float>(i))), sums(std::vector<float>(2, 0.0f));
+      for (int run = 0; run < 20; ++run) {
+        launch(sum_blocks<32>, {2, 32}, stream, x.get(), sums.get());
+        EXPECT(cudaStreamSynchronize(stream) == cudaSuccess && sums.values()[1] == static_cast<float>(32 * i));
+      }
+      EXPECT(cudaStreamDestroy(stream) == cudaSuccess);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
 void test_memory() {
   setenv("VPTQ_EMULATED_MEMORY", "1000", 1);
   size_t free = 0, total = 0;
@@ -452,6 +500,8 @@ int main() {
   test_unwritten_memory();
   test_halves();
   test_graphs();
+  test_streams();
+  test_host_threads();
   test_memory();
   test_shapes();
   test_deaths();
