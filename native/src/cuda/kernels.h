@@ -8,6 +8,7 @@
 
 #include "backend.h"
 #include "cuda/runtime.h"
+#include "cuda/slices.h"
 #include "vptq/model.h"
 
 namespace vptq::cuda {
@@ -76,6 +77,26 @@ struct VqUse {
   float* y;
 };
 void vq_few(const VqUse* uses, int n_uses, const float* x, int n, Stream stream);
+
+// The fast kernel, for layers whose indices are in the order of slices.h: centroids gathered from shared memory.
+struct SlicedUse {
+  VqLayer layer;
+  const Slice* slices;
+  int n_slices;
+  const uint32_t* run_begin;
+  const uint32_t* entries;  // aligned to 16 bytes
+  float* y;
+};
+// share_out()'s, in device memory.
+struct DeviceSliceJobs {
+  const SliceJob* jobs;
+  const int* first_job;
+  int n_blocks;
+  SliceShape shape;
+};
+size_t sliced_workspace(const SlicedUse* uses, int n_uses, int n);  // floats
+void vq_sliced(const SlicedUse* uses, int n_uses, const DeviceSliceJobs& jobs, const float* x, int n, float* workspace,
+               Stream stream);
 
 // y = W x + bias for many tokens: f16 tensor-core products with float32 sums. x is rounded to f16 times a power of two
 // of each token. Weights and centroids in f16 are exact, those of other types and sums of two centroids are rounded to
