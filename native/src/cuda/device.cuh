@@ -62,6 +62,8 @@ VPTQ_DEVICE uint4 load_once(const uint4* p) { return __ldcs(p); }
 VPTQ_DEVICE uint2 load_once(const uint2* p) { return __ldcs(p); }
 VPTQ_DEVICE uint32_t load_once(const uint32_t* p) { return __ldcs(p); }
 VPTQ_DEVICE uint16_t load_once(const uint16_t* p) { return __ldcs(p); }
+// Brings a line into L2.
+VPTQ_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 VPTQ_DEVICE float exp_fast(float x) { return __expf(x); }
 

@@ -81,18 +81,14 @@ void vq_few(const VqUse* uses, int n_uses, const float* x, int n, Stream stream)
 // The fast kernel, for layers whose indices are in the order of slices.h: centroids gathered from shared memory.
 struct SlicedUse {
   VqLayer layer;
-  const Slice* slices;
   int n_slices;
   const uint32_t* run_begin;
   const uint32_t* entries;  // aligned to 16 bytes
   float* y;
 };
-// share_out()'s, in device memory.
 struct DeviceSliceJobs {
-  const SliceJob* jobs;
-  const int* first_job;
-  int n_blocks;
-  SliceShape shape;
+  const SliceJob* jobs;  // share_out()'s, of layers in the order of the uses
+  int n_blocks, n_centroids, n_columns;
 };
 size_t sliced_workspace(const SlicedUse* uses, int n_uses, int n);  // floats
 void vq_sliced(const SlicedUse* uses, int n_uses, const DeviceSliceJobs& jobs, const float* x, int n, float* workspace,

@@ -37,6 +37,8 @@ int max_window(size_t shared_bytes, int n_slices) {
 
 int rounds_of(int n_entries) { return std::max(1, ceil_div(n_entries, kRoundEntries)); }
 
+uint32_t entry_of(int column, uint32_t index) { return uint32_t(column) << kColumnShift | index << kIndexShift; }
+
 // Where a lane's entry lies in a run.
 size_t place(int round, int lane) {
   return size_t(round / kChunkRounds) * kChunkEntries + lane * kChunkRounds + round % kChunkRounds;
@@ -45,7 +47,7 @@ size_t place(int round, int lane) {
 // An entry that adds nothing.
 uint32_t padding(const Slice& slice, int lane) {
   const int index = lane % kClasses;
-  return uint32_t(slice.n_columns) << 16 | (index < slice.n_centroids ? index : 0);
+  return entry_of(slice.n_columns, index < slice.n_centroids ? index : 0);
 }
 
 void pad(const Slice& slice, int first_round, int end_round, uint32_t* run) {
@@ -65,8 +67,7 @@ class SortedEntries {
     for (int j = 0; j < n; ++j) ++begin_[key(indices[j]) + 1];
     std::partial_sum(begin_.begin(), begin_.end(), begin_.begin());
     next_ = begin_;
-    for (int j = 0; j < n; ++j)
-      entries_[next_[key(indices[j])]++] = uint32_t(j) << 16 | (indices[j] & low_bits(slice_bits_));
+    for (int j = 0; j < n; ++j) entries_[next_[key(indices[j])]++] = entry_of(j, indices[j] & low_bits(slice_bits_));
   }
 
   // Puts the list of slice s of the window into a run, from round `first` on. Returns its number of rounds.
@@ -106,12 +107,12 @@ class SortedEntries {
     const int searched_end = std::min(end, next + kSearched);
     int found = next;
     for (int i = next; i < searched_end; ++i)
-      if (!(banks >> (entries_[i] >> 16) % kBanks & 1)) {
+      if (!(banks >> (entries_[i] >> kColumnShift) % kBanks & 1)) {
         found = i;
         break;
       }
     std::swap(entries_[next], entries_[found]);
-    banks |= 1u << (entries_[next] >> 16) % kBanks;
+    banks |= 1u << (entries_[next] >> kColumnShift) % kBanks;
     return entries_[next++];
   }
 
@@ -272,14 +273,9 @@ constexpr int64_t kWaitTime = 1000;
 constexpr int64_t kL2Rate = 40;
 
 // The jobs of blocks of threads that take no longer than `time`, unless a single run does.
-SliceJobs share_out_by(const std::vector<const LayerSlices*>& layers, int64_t time) {
-  SliceJobs out;
-  out.first_job.push_back(0);
-  int64_t rest = time;  // of the block of threads that gets jobs now
-  const auto next_block = [&] {
-    out.first_job.push_back(static_cast<int>(out.jobs.size()));
-    rest = time;
-  };
+std::vector<std::vector<SliceJob>> share_out_by(const std::vector<const LayerSlices*>& layers, int64_t time) {
+  std::vector<std::vector<SliceJob>> blocks(1);
+  int64_t rest = time;  // of the last block
   for (int l = 0; l < static_cast<int>(layers.size()); ++l) {
     const std::vector<Slice>& slices = layers[l]->slices();
     for (int s = 0; s < static_cast<int>(slices.size()); ++s) {
@@ -287,17 +283,19 @@ SliceJobs share_out_by(const std::vector<const LayerSlices*>& layers, int64_t ti
       const uint32_t* begin = &layers[l]->run_begin()[slices[s].first_run];
       for (int run = 0, n_runs = layers[l]->n_runs(slices[s]); run < n_runs;) {
         const auto cost = [&](int end_run) { return start + (begin[end_run] - begin[run]) * kChunkTime; };
-        if (cost(run + 1) > rest && rest < time) next_block();
+        if (cost(run + 1) > rest && !blocks.back().empty()) {
+          blocks.emplace_back();
+          rest = time;
+        }
         int end_run = run + 1;
         while (end_run < n_runs && cost(end_run + 1) <= rest) ++end_run;
-        out.jobs.push_back({l, s, run, end_run});
+        blocks.back().push_back({slices[s], l, s, run, end_run, -1});
         rest -= cost(end_run);
         run = end_run;
       }
     }
   }
-  next_block();
-  return out;
+  return blocks;
 }
 
 }  // namespace
@@ -306,14 +304,22 @@ SliceJobs share_out(const std::vector<const LayerSlices*>& layers, int n_blocks)
   int64_t low = 0, high = int64_t{1} << 40;  // the least time that needs no more than n_blocks lies between
   while (high - low > 1 + low / 128) {
     const int64_t middle = low + (high - low) / 2;
-    (share_out_by(layers, middle).n_blocks() <= n_blocks ? high : low) = middle;
+    (share_out_by(layers, middle).size() <= size_t(n_blocks) ? high : low) = middle;
   }
-  SliceJobs out = share_out_by(layers, high);
-  for (const LayerSlices* layer : layers)
-    for (const Slice& slice : layer->slices()) {
-      out.shape.n_centroids = std::max(out.shape.n_centroids, slice.n_centroids);
-      out.shape.n_columns = std::max(out.shape.n_columns, slice.n_columns);
+  const std::vector<std::vector<SliceJob>> blocks = share_out_by(layers, high);
+  SliceJobs out;
+  out.n_blocks = static_cast<int>(blocks.size());
+  for (const auto& jobs : blocks) out.jobs.push_back(jobs.front());
+  for (int b = 0; b < out.n_blocks; ++b)
+    for (size_t i = 1, before = b; i < blocks[b].size(); ++i) {
+      out.jobs[before].next = static_cast<int>(out.jobs.size());
+      before = out.jobs.size();
+      out.jobs.push_back(blocks[b][i]);
     }
+  for (const SliceJob& job : out.jobs) {
+    out.n_centroids = std::max(out.n_centroids, job.slice.n_centroids);
+    out.n_columns = std::max(out.n_columns, job.slice.n_columns);
+  }
   return out;
 }
 

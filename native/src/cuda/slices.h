@@ -6,8 +6,10 @@
 // threads then loads a slice and works through all that needs it.
 //
 // A slice goes with a window of columns, whose x is in shared memory as well. Its entries are lists, one for each block
-// of v rows, in any order inside a list. Words of an entry's 32 bits:
-//     column in the window << 16 | last << 15 | index in the slice
+// of v rows, in any order inside a list. An entry's 32 bits are, from the lowest on, `last` (1 bit, 3 more of 0), the
+// index in the slice (12 bits) and, from bit 18 on, the column in the window: so the index is an offset in bytes to
+// centroids that are 16 bytes apart, and the upper half one to x.
+//
 // A round is 32 entries, one a lane of a warp; a list fills whole rounds, the last of them marked `last`. Where entries
 // are wanting, there are others whose column is the window's end, where x is 0. A chunk is 4 rounds, lane by lane, so
 // that a lane loads its four entries at once. A run is the lists of a few consecutive blocks, one after another, and
@@ -31,7 +33,8 @@ inline constexpr int kSlicedTokens = 4;  // that share a lookup
 inline constexpr int kRoundEntries = 32;
 inline constexpr int kChunkRounds = 4;
 inline constexpr int kChunkEntries = kRoundEntries * kChunkRounds;
-inline constexpr uint32_t kLastRound = 1u << 15;
+inline constexpr int kIndexShift = 4, kColumnShift = 18;
+inline constexpr uint32_t kLastRound = 1, kIndexMask = 0xfff0;
 
 struct Slice {
   int columns;                      // which of the layer's VqColumns
@@ -93,20 +96,17 @@ class LayerSlices {
 
 // Runs [run, end_run) of a slice of one of the layers of a launch.
 struct SliceJob {
-  int layer, slice, run, end_run;
+  Slice slice;
+  int layer, number;  // of the launch; of the slice in the layer
+  int run, end_run;
+  int next;  // the job that the same block of threads does afterwards, or -1
 };
 
-// The largest slice and window of a launch.
-struct SliceShape {
-  int n_centroids = 0, n_columns = 0;
-};
-
-// What each block of threads does: jobs [first_job[b], first_job[b + 1]).
+// What each block of threads does: first the job of its own number.
 struct SliceJobs {
   std::vector<SliceJob> jobs;
-  std::vector<int> first_job;
-  SliceShape shape;
-  int n_blocks() const { return static_cast<int>(first_job.size()) - 1; }
+  int n_blocks = 0;
+  int n_centroids = 0, n_columns = 0;  // of the largest slice and window
 };
 
 // Shares the layers of a launch out to at most n_blocks blocks of threads, so that the last one is done early.

@@ -15,16 +15,21 @@
 namespace vptq::cuda {
 namespace {
 
+constexpr int kRoundsAtOnce = 2;  // whose loads from shared memory are on their way together
 constexpr int kSumThreads = 256;
+constexpr int kLine = 128;  // bytes
 
 struct SlicedUses {
   SlicedUse use[kMaxUses];
   float* partial[kMaxUses];  // (n_slices, n, out_features)
 };
 
-// As many threads as their sums leave registers for.
-template <int kRows, int kTokens>
-constexpr int kThreads = kRows * kTokens <= 16 ? 1024 : 512;
+// Threads of a block, as many as have registers for their sums.
+template <int kSums>
+constexpr int kThreads = kSums <= 8    ? 1024
+                         : kSums <= 16 ? 768
+                         : kSums <= 32 ? 512
+                                       : 384;
 
 // The shared memory of a block: a slice's centroids, the second row of each after the first rows of all, and x of a
 // window, column by column, with zeros for the column after the last.
@@ -75,15 +80,15 @@ VPTQ_DEVICE void load_x(const VqLayer& w, const Slice& slice, const float* x, in
 }
 
 template <int kTokens>
-VPTQ_DEVICE void load_column(const float* x, uint32_t column, float (&xs)[kTokens]) {
+VPTQ_DEVICE void load_column(const std::byte* column, float (&x)[kTokens]) {
   if constexpr (kTokens == 4) {
-    const float4 v = reinterpret_cast<const float4*>(x)[column];
-    xs[0] = v.x, xs[1] = v.y, xs[2] = v.z, xs[3] = v.w;
+    const float4 v = *reinterpret_cast<const float4*>(column);
+    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
   } else if constexpr (kTokens == 2) {
-    const float2 v = reinterpret_cast<const float2*>(x)[column];
-    xs[0] = v.x, xs[1] = v.y;
+    const float2 v = *reinterpret_cast<const float2*>(column);
+    x[0] = v.x, x[1] = v.y;
   } else {
-    xs[0] = x[column];
+    x[0] = *reinterpret_cast<const float*>(column);
   }
 }
 
@@ -95,24 +100,38 @@ VPTQ_DEVICE float2 pair_to_floats(uint32_t bits) {
     return halves_to_floats(bits);
 }
 
-// Sums over the lanes, each of its own part of the values: afterwards lane l has in values[0 ... max(1, kCount / 32))
-// the sums of the values from l * kCount / 32 on. In the same tree for any kCount.
-template <int kCount>
-VPTQ_DEVICE void sum_lanes(float (&values)[kCount], int lane) {
+// sums (kTokens, kRows) += x w
+template <int kRows, int kTokens, bool kBf16>
+VPTQ_DEVICE void add_centroid(const uint4 (&w)[kRows / 8], const float (&x)[kTokens], float (&sums)[kRows * kTokens]) {
 #pragma unroll
-  for (int step = 0; step < 5; ++step) {
-    const int mask = 16 >> step, half = kCount >> (step + 1);
-    if (half == 0) {
-      values[0] += shuffle_xor(values[0], mask);
-      continue;
-    }
-    const bool upper = lane & mask;
+  for (int p = 0; p < kRows / 8; ++p) {
+    const uint32_t words[4] = {w[p].x, w[p].y, w[p].z, w[p].w};
 #pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float own = upper ? values[i + half] : values[i], other = upper ? values[i] : values[i + half];
-      values[i] = own + shuffle_xor(other, mask);
+    for (int j = 0; j < 4; ++j) {
+      const float2 pair = pair_to_floats<kBf16>(words[j]);
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        float* sum = sums + t * kRows + p * 8 + j * 2;
+        sum[0] = fmaf(pair.x, x[t], sum[0]);
+        sum[1] = fmaf(pair.y, x[t], sum[1]);
+      }
     }
   }
+}
+
+// Sums over the lanes, each of its own part of the values: afterwards lane l has in values[0 ... max(1, kCount / 32))
+// the sums of the values from l * kCount / 32 on. In the same tree for any kCount. kLeft values are left to be summed
+// over lanes that differ in the bits up to kMask.
+template <int kLeft, int kMask = kWarp / 2, int kCount>
+VPTQ_DEVICE void sum_lanes(float (&values)[kCount], int lane) {
+  constexpr int kHalf = kLeft / 2;
+  if constexpr (kHalf == 0) values[0] += shuffle_xor(values[0], kMask);
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const float low = values[i], high = values[i + kHalf];
+    values[i] = (lane & kMask ? high : low) + shuffle_xor(lane & kMask ? low : high, kMask);
+  }
+  if constexpr (kMask > 1) sum_lanes<kHalf == 0 ? 1 : kHalf, kMask / 2>(values, lane);
 }
 
 // The lists of one run, a warp's work. partial (n, out_features), the slice's.
@@ -122,6 +141,9 @@ VPTQ_DEVICE void add_run(const uint4* chunks, int n_chunks, const Shared& shared
   constexpr int kSums = kRows * kTokens, kPerLane = kSums > kWarp ? kSums / kWarp : 1;
   constexpr int kLanesPerSum = kSums < kWarp ? kWarp / kSums : 1;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const std::byte* centroids = reinterpret_cast<const std::byte*>(shared.centroids);
+  const std::byte* columns = reinterpret_cast<const std::byte*>(shared.x);
+  const int second_rows = shared.n_centroids * 16;
   float sums[kSums] = {};
   // Two chunks are on their way while one is worked on.
   uint4 now = load_once(chunks + lane), next = now;
@@ -130,77 +152,85 @@ VPTQ_DEVICE void add_run(const uint4* chunks, int n_chunks, const Shared& shared
     uint4 later = next;
     if (i + 2 < n_chunks) later = load_once(chunks + (i + 2) * kWarp + lane);
     const uint32_t entries[kChunkRounds] = {now.x, now.y, now.z, now.w};
-    uint4 w[kChunkRounds][kRows / 8];
-    float x[kChunkRounds][kTokens];
 #pragma unroll
-    for (int r = 0; r < kChunkRounds; ++r) {
+    for (int first = 0; first < kChunkRounds; first += kRoundsAtOnce) {
+      uint4 w[kRoundsAtOnce][kRows / 8];
+      float x[kRoundsAtOnce][kTokens];
 #pragma unroll
-      for (int p = 0; p < kRows / 8; ++p)
-        w[r][p] = shared.centroids[(entries[r] & (kLastRound - 1)) + p * shared.n_centroids];
-      load_column<kTokens>(shared.x, entries[r] >> 16, x[r]);
-    }
+      for (int r = 0; r < kRoundsAtOnce; ++r) {
 #pragma unroll
-    for (int r = 0; r < kChunkRounds; ++r) {
+        for (int p = 0; p < kRows / 8; ++p)
+          w[r][p] = *reinterpret_cast<const uint4*>(centroids + (entries[first + r] & kIndexMask) + p * second_rows);
+        load_column<kTokens>(columns + (entries[first + r] >> 16) * kTokens, x[r]);
+      }
 #pragma unroll
-      for (int p = 0; p < kRows / 8; ++p) {
-        const uint32_t words[4] = {w[r][p].x, w[r][p].y, w[r][p].z, w[r][p].w};
+      for (int r = 0; r < kRoundsAtOnce; ++r) {
+        add_centroid<kRows, kTokens, kBf16>(w[r], x[r], sums);
+        if (!(entries[first + r] & kLastRound)) continue;
+        sum_lanes<kSums>(sums, lane);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float2 pair = pair_to_floats<kBf16>(words[j]);
-#pragma unroll
-          for (int t = 0; t < kTokens; ++t) {
-            float* sum = sums + t * kRows + p * 8 + j * 2;
-            sum[0] = fmaf(pair.x, x[r][t], sum[0]);
-            sum[1] = fmaf(pair.y, x[r][t], sum[1]);
-          }
+        for (int i = 0; i < kPerLane; ++i) {
+          const int t = (lane * kSums / kWarp + i) / kRows, row = (lane * kSums / kWarp + i) % kRows;
+          if (lane % kLanesPerSum == 0 && t < n && row < v && block * v + row < out_features)
+            partial[static_cast<int64_t>(t) * out_features + block * v + row] = sums[i];
         }
-      }
-      if (!(entries[r] & kLastRound)) continue;
-      sum_lanes(sums, lane);
+        ++block;
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        const int t = (lane * kSums / kWarp + i) / kRows, row = (lane * kSums / kWarp + i) % kRows;
-        if (lane % kLanesPerSum == 0 && t < n && row < v && block * v + row < out_features)
-          partial[static_cast<int64_t>(t) * out_features + block * v + row] = sums[i];
+        for (int i = 0; i < kSums; ++i) sums[i] = 0;
       }
-      ++block;
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) sums[i] = 0;
     }
     now = next;
     next = later;
   }
 }
 
+// A warp's part of a job, run by run.
 template <int kRows, int kTokens>
-__global__ void __launch_bounds__((kThreads<kRows, kTokens>), 1)
-    vq_sliced_kernel(SlicedUses uses, const SliceJob* __restrict__ jobs, const int* __restrict__ first_job,
-                     SliceShape shape, const float* __restrict__ x, int n) {
-  const Shared shared{reinterpret_cast<uint4*>(dynamic_shared()), shape.n_centroids,
-                      reinterpret_cast<float*>(dynamic_shared() + shape.n_centroids * kRows * 2)};
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, n_warps = static_cast<int>(blockDim.x) / kWarp;
-  const SliceJob* before = nullptr;
-  for (const SliceJob* job = jobs + first_job[blockIdx.x]; job < jobs + first_job[blockIdx.x + 1]; before = job++) {
-    const SlicedUse& use = uses.use[job->layer];
-    const Slice slice = use.slices[job->slice];
-    const VqColumns& c = use.layer.columns[slice.columns];
+VPTQ_DEVICE void do_job(const SliceJob& job, const SlicedUse& use, const float* x, int n, bool new_slice,
+                        const Shared& shared, float* partial) {
+  const Slice& slice = job.slice;
+  const VqColumns& c = use.layer.columns[slice.columns];
+  const uint32_t* run_begin = use.run_begin + slice.first_run;
+  const uint4* entries = reinterpret_cast<const uint4*>(use.entries);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, n_warps = static_cast<int>(blockDim.x) / kWarp;
+  int run = job.run + static_cast<int>(threadIdx.x) / kWarp;
+  if (new_slice) load_slice<kRows>(c, slice, shared);
+  commit_copies();
+  if (run < job.end_run) {  // the wait for the slice and x is used to bring the first run into L2
+    const std::byte* begin = reinterpret_cast<const std::byte*>(entries + static_cast<size_t>(run_begin[run]) * kWarp);
+    const std::byte* end =
+        reinterpret_cast<const std::byte*>(entries + static_cast<size_t>(run_begin[run + 1]) * kWarp);
+    for (const std::byte* p = begin + lane * kLine; p < end; p += kWarp * kLine) prefetch(p);
+  }
+  load_x<kTokens>(use.layer, slice, x, n, shared.x);
+  wait_copies<0>();
+  sync_block();
+  for (; run < job.end_run; run += n_warps) {
+    const uint4* chunks = entries + static_cast<size_t>(run_begin[run]) * kWarp;
+    const int n_chunks = static_cast<int>(run_begin[run + 1] - run_begin[run]), block = run * slice.blocks_per_run;
+    if (c.type == DType::bf16)
+      add_run<kRows, kTokens, true>(chunks, n_chunks, shared, c.v, block, n, use.layer.out_features, partial);
+    else
+      add_run<kRows, kTokens, false>(chunks, n_chunks, shared, c.v, block, n, use.layer.out_features, partial);
+  }
+}
+
+template <int kRows, int kTokens>
+__global__ void __launch_bounds__((kThreads<kRows * kTokens>), 1)
+    vq_sliced_kernel(SlicedUses uses, const SliceJob* __restrict__ jobs, int n_centroids, const float* __restrict__ x,
+                     int n) {
+  const Shared shared{reinterpret_cast<uint4*>(dynamic_shared()), n_centroids,
+                      reinterpret_cast<float*>(dynamic_shared() + n_centroids * kRows * 2)};
+  int before = -1;
+  for (int j = static_cast<int>(blockIdx.x); j >= 0; j = jobs[j].next) {
+    const SliceJob job = jobs[j];
+    const SlicedUse& use = uses.use[job.layer];
+    const bool new_slice =
+        before < 0 || jobs[before].layer != job.layer || !same_centroids(jobs[before].slice, job.slice);
+    float* partial = uses.partial[job.layer] + static_cast<int64_t>(job.number) * n * use.layer.out_features;
+    do_job<kRows, kTokens>(job, use, x, n, new_slice, shared, partial);
     sync_block();
-    if (!before || before->layer != job->layer || !same_centroids(use.slices[before->slice], slice))
-      load_slice<kRows>(c, slice, shared);
-    load_x<kTokens>(use.layer, slice, x, n, shared.x);
-    commit_copies();
-    wait_copies<0>();
-    sync_block();
-    float* partial = uses.partial[job->layer] + static_cast<int64_t>(job->slice) * n * use.layer.out_features;
-    for (int run = job->run + warp; run < job->end_run; run += n_warps) {
-      const uint32_t begin = use.run_begin[slice.first_run + run], end = use.run_begin[slice.first_run + run + 1];
-      const uint4* chunks = reinterpret_cast<const uint4*>(use.entries) + static_cast<size_t>(begin) * kWarp;
-      const int n_chunks = static_cast<int>(end - begin), block = run * slice.blocks_per_run;
-      if (c.type == DType::bf16)
-        add_run<kRows, kTokens, true>(chunks, n_chunks, shared, c.v, block, n, use.layer.out_features, partial);
-      else
-        add_run<kRows, kTokens, false>(chunks, n_chunks, shared, c.v, block, n, use.layer.out_features, partial);
-    }
+    before = j;
   }
 }
 
@@ -232,11 +262,11 @@ __global__ void __launch_bounds__(kSumThreads) sum_slices(SlicedUses uses, const
 
 template <int kRows, int kTokens>
 void launch_sliced(const SlicedUses& uses, const DeviceSliceJobs& jobs, const float* x, int n, Stream stream) {
-  const size_t shared = static_cast<size_t>(jobs.shape.n_centroids) * kRows * 2 +
-                        static_cast<size_t>(jobs.shape.n_columns + 1) * kTokens * sizeof(float);
+  const size_t shared = static_cast<size_t>(jobs.n_centroids) * kRows * 2 +
+                        static_cast<size_t>(jobs.n_columns + 1) * kTokens * sizeof(float);
   allow_shared(vq_sliced_kernel<kRows, kTokens>, shared);
-  launch(vq_sliced_kernel<kRows, kTokens>, {dim3(jobs.n_blocks), dim3(kThreads<kRows, kTokens>), shared}, stream, uses,
-         jobs.jobs, jobs.first_job, jobs.shape, x, n);
+  launch(vq_sliced_kernel<kRows, kTokens>, {dim3(jobs.n_blocks), dim3(kThreads<kRows * kTokens>), shared}, stream, uses,
+         jobs.jobs, jobs.n_centroids, x, n);
 }
 
 template <int kRows>

@@ -80,6 +80,7 @@ VPTQ_DEVICE uint4 load_once(const uint4* p) { return *p; }
 VPTQ_DEVICE uint2 load_once(const uint2* p) { return *p; }
 VPTQ_DEVICE uint32_t load_once(const uint32_t* p) { return *p; }
 VPTQ_DEVICE uint16_t load_once(const uint16_t* p) { return *p; }
+VPTQ_DEVICE void prefetch(const void* p) { *static_cast<const volatile std::byte*>(p); }
 
 VPTQ_DEVICE float exp_fast(float x) { return std::exp(x); }
 
