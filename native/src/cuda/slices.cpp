@@ -272,29 +272,36 @@ constexpr int64_t kChunkTime = 18;
 constexpr int64_t kWaitTime = 1000;
 constexpr int64_t kL2Rate = 40;
 
-// The jobs of blocks of threads that take no longer than `time`, unless a single run does.
-std::vector<std::vector<SliceJob>> share_out_by(const std::vector<const LayerSlices*>& layers, int64_t time) {
+// The jobs of blocks of threads that take no longer than `time`, unless a single run does. Nothing, where that is more
+// than max_blocks.
+std::vector<std::vector<SliceJob>> share_out_by(const std::vector<const LayerSlices*>& layers, int64_t time,
+                                                int max_blocks) {
   std::vector<std::vector<SliceJob>> blocks(1);
   int64_t rest = time;  // of the last block
-  for (int l = 0; l < static_cast<int>(layers.size()); ++l) {
-    const std::vector<Slice>& slices = layers[l]->slices();
-    for (int s = 0; s < static_cast<int>(slices.size()); ++s) {
-      const int64_t start = kWaitTime + int64_t{slices[s].n_centroids} * kCentroidRow / kL2Rate;
-      const uint32_t* begin = &layers[l]->run_begin()[slices[s].first_run];
-      for (int run = 0, n_runs = layers[l]->n_runs(slices[s]); run < n_runs;) {
-        const auto cost = [&](int end_run) { return start + (begin[end_run] - begin[run]) * kChunkTime; };
-        if (cost(run + 1) > rest && !blocks.back().empty()) {
+  for (int l = 0; l < static_cast<int>(layers.size()); ++l)
+    for (int s = 0; s < static_cast<int>(layers[l]->slices().size()); ++s) {
+      const Slice& slice = layers[l]->slices()[s];
+      const int64_t start = kWaitTime + int64_t{slice.n_centroids} * kCentroidRow / kL2Rate;
+      const uint32_t* begin = &layers[l]->run_begin()[slice.first_run];
+      const int n_runs = layers[l]->n_runs(slice);
+      for (int run = 0; run < n_runs;) {
+        const auto runs_that_fit = [&] {
+          const int64_t end_chunk = begin[run] + (rest - start) / kChunkTime;
+          return static_cast<int>(std::upper_bound(begin + run + 1, begin + n_runs + 1, end_chunk) - (begin + run + 1));
+        };
+        int n = runs_that_fit();
+        if (n == 0 && !blocks.back().empty()) {
+          if (static_cast<int>(blocks.size()) == max_blocks) return {};
           blocks.emplace_back();
           rest = time;
+          n = runs_that_fit();
         }
-        int end_run = run + 1;
-        while (end_run < n_runs && cost(end_run + 1) <= rest) ++end_run;
-        blocks.back().push_back({slices[s], l, s, run, end_run, -1});
-        rest -= cost(end_run);
-        run = end_run;
+        n = std::max(1, n);
+        blocks.back().push_back({slice, l, s, run, run + n, -1});
+        rest -= start + (begin[run + n] - begin[run]) * kChunkTime;
+        run += n;
       }
     }
-  }
   return blocks;
 }
 
@@ -304,9 +311,9 @@ SliceJobs share_out(const std::vector<const LayerSlices*>& layers, int n_blocks)
   int64_t low = 0, high = int64_t{1} << 40;  // the least time that needs no more than n_blocks lies between
   while (high - low > 1 + low / 128) {
     const int64_t middle = low + (high - low) / 2;
-    (share_out_by(layers, middle).size() <= size_t(n_blocks) ? high : low) = middle;
+    (share_out_by(layers, middle, n_blocks).empty() ? low : high) = middle;
   }
-  const std::vector<std::vector<SliceJob>> blocks = share_out_by(layers, high);
+  const std::vector<std::vector<SliceJob>> blocks = share_out_by(layers, high, n_blocks);
   SliceJobs out;
   out.n_blocks = static_cast<int>(blocks.size());
   for (const auto& jobs : blocks) out.jobs.push_back(jobs.front());
