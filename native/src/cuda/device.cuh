@@ -45,10 +45,6 @@ VPTQ_DEVICE uint32_t floats_to_halves(float low, float high) {  // to nearest ev
 }
 VPTQ_DEVICE float float_from_bits(uint32_t bits) { return __uint_as_float(bits); }
 VPTQ_DEVICE uint32_t bits_of(float f) { return __float_as_uint(f); }
-VPTQ_DEVICE uint32_t floats_to_halves(float a, float b) {
-  const __half2 pair = __floats2half2_rn(a, b);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
 VPTQ_DEVICE uint32_t add_halves(uint32_t a, uint32_t b) {
   const __half2 sum = __hadd2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
   return *reinterpret_cast<const uint32_t*>(&sum);

@@ -63,7 +63,6 @@ VPTQ_DEVICE uint32_t floats_to_halves(float low, float high) {
 }
 VPTQ_DEVICE float float_from_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
 VPTQ_DEVICE uint32_t bits_of(float f) { return std::bit_cast<uint32_t>(f); }
-VPTQ_DEVICE uint32_t floats_to_halves(float a, float b) { return float_to_half(a) | uint32_t{float_to_half(b)} << 16; }
 VPTQ_DEVICE uint32_t add_halves(uint32_t a, uint32_t b) {
   const float2 x = halves_to_floats(a), y = halves_to_floats(b);
   return float_to_half(x.x + y.x) | uint32_t{float_to_half(x.y + y.y)} << 16;
