@@ -10,6 +10,7 @@ set(cuda_host
   ${cuda}/cuda_backend.cpp
   ${cuda}/memory.cpp
   ${cuda}/runtime.cpp
+  ${cuda}/slices.cpp
   ${src}/tensor.cpp)
 
 if(VPTQ_CUDA)
