@@ -7,6 +7,7 @@ set(cuda ${src}/cuda)
 file(GLOB cuda_kernels CONFIGURE_DEPENDS ${cuda}/kernels/*.cu)
 set(cuda_host
   ${cuda}/batches.cpp
+  ${cuda}/copy_bandwidth.cpp
   ${cuda}/cuda_backend.cpp
   ${cuda}/memory.cpp
   ${cuda}/runtime.cpp

@@ -14,44 +14,18 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
 from statistics import median
-from types import ModuleType
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType
-from numpy.typing import NDArray
-from vptq_converter.gguf_writer import OutputTensor
+from published_vptq import DTYPES, published_layer
+from random_layer import random_layer, raw_tensors
 
 from vptq_runtime import _native, command
 from vptq_runtime.generation import check_int
-from vptq_runtime.synthetic import Quant, Random, vptq_linear
+from vptq_runtime.synthetic import Quant, Random
 
-# The package imports sentence_transformers for one isinstance check and needs nothing of it here.
-for name in ("sentence_transformers", "sentence_transformers.SentenceTransformer"):
-    stub = ModuleType(name)
-    stub.__spec__ = ModuleSpec(name, None)  # others may ask whether the package is there
-    stub.SentenceTransformer = type("SentenceTransformer", (), {})  # type: ignore[attr-defined]
-    sys.modules.setdefault(name, stub)
-from vptq.layers.vqlinear import VQuantLinear  # noqa: E402
-
-REPETITIONS = 50  # of ours a round: it takes a few hundred times less
-DTYPES = {"f16": torch.float16, "f32": torch.float32}
-NUMPY_TYPES = {
-    GGMLQuantizationType.F16: np.float16,
-    GGMLQuantizationType.I16: np.int16,
-    GGMLQuantizationType.I32: np.int32,
-}
-# Where the package has what a file has as vptq_...
-PUBLISHED = {
-    "indices": "indices",
-    "centroids": "centroids.weight",
-    "res_centroids": "res_centroids.weight",
-    "perm": "perm",
-    "scale": "weight_scale",
-    "shift": "weight_bias",
-}
+REPETITIONS = 13  # of ours a round, each of four: it takes a few hundred times less
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,15 +47,9 @@ def compare(arguments: argparse.Namespace) -> None:
     for option in ("in_features", "out_features", "tokens", "threads", "rounds"):
         check_int(f"--{option.replace('_', '-')}", getattr(arguments, option), 1, 1 << 16)
     quant, out_features = Quant.parse(arguments.quant), arguments.out_features
-    arrays = {
-        tensor.name.partition(".vptq_")[2]: array_of(tensor)
-        for tensor in vptq_linear(quant, Random(), "layer", out_features, arguments.in_features)
-    }
-    ours, theirs = _native.Operations("", arguments.threads), published_layer(quant, arrays, arguments)
-    raw = {
-        f"vptq_{name}": (int(type), list(array.shape), array.tobytes())
-        for name, (type, array) in arrays.items()
-    }
+    arrays = random_layer(quant, Random(), out_features, arguments.in_features)
+    raw, ours = raw_tensors(arrays), _native.Operations("", arguments.threads)
+    theirs = published_layer(quant, arrays, arguments.in_features, out_features, DTYPES[arguments.dtype])
     x = np.random.default_rng(0).standard_normal((arguments.tokens, arguments.in_features), np.float32)
     torch.set_num_threads(arguments.threads)
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
@@ -93,7 +61,7 @@ def compare(arguments: argparse.Namespace) -> None:
             theirs(published_x)
             seconds["theirs"].append(time.perf_counter() - begin)
             # The first ones wait for the cores, on which torch's threads still spin, and for the caches.
-            seconds["ours"].append(median(ours.time_linear(raw, out_features, x, REPETITIONS)))
+            seconds["ours"].append(median(ours.time_linear([raw], out_features, x, REPETITIONS)))
     error = np.abs(ours.linear(raw, out_features, x) - expected).max() / np.abs(expected).max()
     there, here = (median(seconds[side]) for side in ("theirs", "ours"))
     times = f"vptq's torch path in {arguments.dtype} {there * 1e3:.1f} ms, here {here * 1e3:.3f} ms"
@@ -102,40 +70,6 @@ def compare(arguments: argparse.Namespace) -> None:
         f"threads: {arguments.threads}, torch {torch.__version__}\n"
         f"{times}: {there / here:.0f} times as fast; largest difference {error:.1e} of the largest output"
     )
-
-
-def array_of(tensor: OutputTensor) -> tuple[GGMLQuantizationType, NDArray[np.generic]]:
-    data = b"".join(np.asarray(chunk).tobytes() for chunk in tensor.chunks())
-    return tensor.type, np.frombuffer(data, NUMPY_TYPES[tensor.type]).reshape(tensor.shape)
-
-
-def published_layer(
-    quant: Quant,
-    arrays: dict[str, tuple[GGMLQuantizationType, NDArray[np.generic]]],
-    arguments: argparse.Namespace,
-) -> VQuantLinear:
-    layer = VQuantLinear(
-        in_features=arguments.in_features,
-        out_features=arguments.out_features,
-        vector_lens=(-1, quant.v),
-        num_centroids=(-1, quant.k),
-        num_res_centroids=(-1, quant.r or -1),
-        group_num=1,
-        group_size=arguments.in_features,
-        outlier_size=0,
-        indices_as_float=False,
-        enable_norm=True,
-        enable_perm=True,
-        is_indice_packed=True,
-        enable_proxy_error=False,
-        dtype=DTYPES[arguments.dtype],
-    )
-    state = {PUBLISHED[name]: torch.from_numpy(array.copy()) for name, (_, array) in arrays.items()}
-    for name in ("centroids.weight", "res_centroids.weight"):
-        if name in state:
-            state[name] = state[name].flatten(1)
-    layer.load_state_dict(state, strict=True)
-    return layer
 
 
 if __name__ == "__main__":

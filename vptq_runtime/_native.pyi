@@ -107,6 +107,21 @@ class Context:
     def logits(self, sequence: int, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Appends tokens and returns logits (len(tokens), n_vocab)."""
 
+class Gpu:
+    """The GPU that device "cuda" stands for, without a model. Raises UnsupportedError where there is none."""
+
+    def __init__(self) -> None: ...
+    @property
+    def description(self) -> str:
+        """`cuda (NVIDIA H200)`"""
+    @property
+    def total_memory(self) -> int: ...
+    @property
+    def available_memory(self) -> int:
+        """Bytes that can be allocated now, by whomever."""
+    def copy_bandwidth(self) -> float:
+        """Bytes read and written a second by large copies within its memory, the median of several."""
+
 # A tensor as a file holds it: GGUF's number of its type, its shape, its bytes.
 RawTensor = tuple[int, list[int], bytes]
 Array = NDArray[np.float32]
@@ -124,9 +139,18 @@ class Operations:
     def linear(self, tensors: dict[str, RawTensor], out_features: int, x: Array, n_prompt: int = 0) -> Array:
         """The first n_prompt tokens in 16-bit numbers, if the weights are fit for them."""
     def time_linear(
-        self, tensors: dict[str, RawTensor], out_features: int, x: Array, repetitions: int
+        self,
+        tensors: Sequence[dict[str, RawTensor]],
+        out_features: int,
+        x: Array,
+        repetitions: int,
+        n_prompt: int = 0,
     ) -> list[float]:
-        """Seconds that each repetition of `linear` takes, the layer being read once."""
+        """Seconds that one of these layers takes, one a repetition, which goes through all
+        of them four times.
+
+        A GPU records a repetition and plays it: there only the first call of an Operations is right.
+        """
     def linears(
         self, tensors: Sequence[dict[str, RawTensor]], out_features: Sequence[int], x: Array
     ) -> list[Array]:

@@ -4,11 +4,13 @@
 #include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
 #include <new>
 
+#include "backend.h"
 #include "bindings/operations.h"
 #include "cpu/kernels.h"
 #include "cpu/machine.h"
@@ -205,6 +207,16 @@ NB_MODULE(_native, m) {
       .def("step", step, nb::arg("sequences"), nb::arg("tokens"), nb::arg("samplers"),
            nb::arg("prompts") = std::vector<bool>(), no_gil)
       .def("logits", logits, nb::arg("sequence"), nb::arg("tokens"));
+
+  nb::class_<vptq::Backend>(m, "Gpu")
+      .def(nb::new_([] {
+        const nb::gil_scoped_release release;
+        return vptq::make_cuda_backend();
+      }))
+      .def_prop_ro("description", &vptq::Backend::description)
+      .def_prop_ro("total_memory", &vptq::Backend::total_memory)
+      .def_prop_ro("available_memory", &vptq::Backend::available_memory)
+      .def("copy_bandwidth", &vptq::Backend::copy_bandwidth, no_gil);
 
   m.def("cpu_isas", vptq::cpu::available_isas);
   m.def("physical_cores", vptq::cpu::physical_cores);

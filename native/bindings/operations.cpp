@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <deque>
 #include <memory>
 
 #include "backend.h"
@@ -25,6 +26,9 @@ using In = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 // A tensor as the file would hold it: its GGUF type number, its shape and its bytes.
 using RawTensor = nb::tuple;
 using RawTensors = std::map<std::string, RawTensor>;
+
+constexpr int kWarmUps = 3;  // steps until a backend has all the memory it wants and has recorded them
+constexpr int kPasses = 4;   // a step: waiting for its end should not count
 
 void expect(bool condition, const char* what) {
   if (!condition) throw OptionError(what);
@@ -113,20 +117,34 @@ class Operations {
     return arrays_.read(y, x.shape(0), out_features);
   }
 
-  // Seconds of each repetition, the layer being read once.
-  std::vector<double> time_linear(const RawTensors& tensors, int out_features, const In& x, int repetitions) {
+  // Seconds that one of these layers takes, in each repetition: a step that goes through all of them kPasses times.
+  std::vector<double> time_linear(const std::vector<RawTensors>& tensors, int out_features, const In& x,
+                                  int repetitions, int n_prompt) {
     expect(x.ndim() == 2 && x.shape(0) >= 1, "x: expected shape (n, in_features)");
-    const Layer layer(tensors, int(x.shape(1)), out_features);
-    const auto ready = backend_->linear(layer.weights(), false);
+    expect(n_prompt >= 0 && size_t(n_prompt) <= x.shape(0), "n_prompt: expected 0 to n");
+    expect(!tensors.empty(), "tensors: expected one layer at least");
+    const int n = int(x.shape(0));
+    std::deque<Layer> layers;
+    std::vector<std::unique_ptr<Linear>> ready;
+    for (const RawTensors& raw : tensors) {
+      layers.emplace_back(raw, int(x.shape(1)), out_features);
+      ready.push_back(backend_->linear(layers.back().weights(), n_prompt > 0));
+    }
     const float* in = arrays_.copy(x);
-    float* y = arrays_.make(x.shape(0) * out_features);
-    float first;
+    float* y = arrays_.make(size_t(n) * out_features);
+    Batch batch = batch_of({0}), outputs;  // no layer looks at it: one generated token, as backends record them
+    batch.outputs = {0};
+    outputs.take_outputs_of(batch);
+    const auto all = [&](float*) {
+      for (int i = 0; i < kPasses; ++i)
+        for (const auto& layer : ready) backend_->apply({{*layer, y}}, in, n, n_prompt);
+    };
     std::vector<double> seconds;
-    for (int i = 0; i < repetitions; ++i) {
+    for (int i = -kWarmUps; i < repetitions; ++i) {
       const auto begin = std::chrono::steady_clock::now();
-      backend_->apply({{*ready, y}}, in, int(x.shape(0)), 0);
-      backend_->read(reinterpret_cast<const std::byte*>(y), &first, sizeof first);  // when it is done
-      seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+      backend_->forward(batch, outputs, {}, all);
+      const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
+      if (i >= 0) seconds.push_back(taken.count() / double(kPasses * ready.size()));
     }
     return seconds;
   }
@@ -242,7 +260,7 @@ void bind_operations(nb::module_& m) {
       .def("linear", &Operations::linear, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"),
            nb::arg("n_prompt") = 0)
       .def("time_linear", &Operations::time_linear, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"),
-           nb::arg("repetitions"))
+           nb::arg("repetitions"), nb::arg("n_prompt") = 0)
       .def("linears", &Operations::linears, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"))
       .def("embed", &Operations::embed, nb::arg("table"), nb::arg("tokens"))
       .def("rms_norm", &Operations::rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"))

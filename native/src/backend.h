@@ -86,6 +86,11 @@ class Backend {
   virtual int max_tokens() const = 0;                          // of a batch
   virtual bool rounding_pays() const = 0;  // linear layers are faster in 16-bit numbers than in float32
 
+  // Of a device with memory of its own, for those who measure it: its bytes, free or not, and the rate of large copies
+  // within it, bytes read and written a second.
+  virtual size_t total_memory() const { return 0; }
+  virtual double copy_bandwidth() { return 0; }
+
   // Memory that lives as long as the backend, aligned to 64 bytes; `what` is for the message of OutOfMemoryError.
   virtual std::byte* allocate(size_t bytes, const std::string& what) = 0;
   // Between the backend's memory and the host's; what was asked for before is done.

@@ -99,7 +99,7 @@ def test_layers_that_share_a_loop(operations: _native.Operations, n_tokens: int)
 def test_each_repetition_is_timed(operations: _native.Operations) -> None:
     tensors, n_in = vptq_layer(np.random.default_rng(0), **VPTQ_LAYERS["v5-k7-3"])
     x = np.ones((1, n_in), np.float32)
-    seconds = operations.time_linear(tensors, VPTQ_LAYERS["v5-k7-3"]["out"], x, 3)
+    seconds = operations.time_linear([tensors, tensors], VPTQ_LAYERS["v5-k7-3"]["out"], x, 3)
     assert len(seconds) == 3 and min(seconds) > 0
 
 

@@ -43,6 +43,12 @@ size_t CudaBackend::available_memory() const {
   return free;
 }
 
+size_t CudaBackend::total_memory() const {
+  size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), "asking for the memory");
+  return total;
+}
+
 size_t CudaBackend::weight_memory(const Model& model) const {
   size_t bytes = 0;
   for (const auto& [name, tensor] : model.file().tensors()) bytes += tensor.bytes;

@@ -9,6 +9,7 @@
 
 #include "backend.h"
 #include "cuda/batches.h"
+#include "cuda/copy_bandwidth.h"
 #include "cuda/kernels.h"
 #include "cuda/memory.h"
 
@@ -35,6 +36,8 @@ class CudaBackend : public Backend {
 
   std::string description() const override { return "cuda (" + name_ + ")"; }
   size_t available_memory() const override;
+  size_t total_memory() const override;
+  double copy_bandwidth() override { return cuda::copy_bandwidth(stream_, available_memory() / 16); }
   size_t weight_memory(const Model& model) const override;
   int max_tokens() const override { return 512; }
   bool rounding_pays() const override { return true; }
