@@ -29,7 +29,7 @@ from typing import Any
 
 from random_gguf import SCALES, random_tensors, write_random
 
-from vptq_runtime import command
+from vptq_runtime import _native, command
 from vptq_runtime.bench import MIN_LAYERS
 from vptq_runtime.bench_report import print_table
 from vptq_runtime.errors import OutOfMemoryError, VPTQError
@@ -140,7 +140,7 @@ def check_room(
     facts = [model.facts(n_layer, "f16") for model in models]
     llamacpp = replace(facts[0], name=f"{arguments.shape} in {arguments.llama_type}", model_bytes=n_bytes)
     for each in (*facts, llamacpp):
-        each.check_memory(n_ctx)
+        each.check_memory(n_ctx, _native.available_memory())
 
 
 def run_llamacpp(
@@ -166,6 +166,7 @@ def run_vptq_runtime(
     options = ["--synthetic", arguments.shape, "--quant", quant.name, "--layers", str(n_layer)]
     options += ["--embedding-type", "q8_0", "--output-type", "q8_0", "-p", str(arguments.n_prompt)]
     options += ["-n", str(arguments.n_gen), "-t", str(arguments.threads), "-r", "1", "--json"]
+    options += ["--device", "cpu"]
     found = json.loads(output_of([sys.executable, "-m", "vptq_runtime.bench", *options]))
     return {result["test"]: result["tok_s"] for result in found["results"]}, found["system"]
 

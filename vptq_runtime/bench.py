@@ -17,10 +17,12 @@ from vptq_runtime.errors import OptionError
 from vptq_runtime.shapes import SHAPES, find_shape
 
 if TYPE_CHECKING:
+    from vptq_runtime.machine import Cpu, Gpu
     from vptq_runtime.speed import Measured, ModelFacts, SpeedTest
 
 DENSE_TYPES = ("auto", "f16", "q8_0")
 DEFAULT_QUANT = "v8-k65536-256"
+MAX_BATCH = 128  # sequences; what a call takes on every device
 MIN_LAYERS = 2  # to extrapolate from: of the last one a prompt runs only a part
 # What is said of a model, what its tests took, and how many layers were measured if not all.
 Outcome = tuple["ModelFacts", "Measured", "int | None"]
@@ -29,7 +31,8 @@ EPILOG = """\
 Prompt (pp512, no logits computed) and decoding (tg128) start from an empty context. Bytes a token are those
 that a test has to read at least: the layers' weights once for each batch of tokens, the output matrix (in
 decoding), a row of the embedding, and keys and values up to there. They, times tok/s, are the share of the
-memory bandwidth, which is measured as what numpy reads with as many threads.
+memory bandwidth, which is measured as what numpy reads with as many threads. On a GPU it is that of large
+copies within its memory, bytes read and written, and all that is said of memory is of the GPU's.
 
 Without logits only q, k and v of the last layer run. So --layers N counts what a prompt runs as N - 1 layers
 and the share of a layer's weights that these three have; and what decoding takes without the output matrix,
@@ -38,6 +41,7 @@ which is measured apart, in float32, as N - 1 layers and these three's share of 
   vptq-bench -m model.gguf -p 512 -n 128 -t 1,2
   vptq-bench --synthetic llama-3.1-8b --quant v8-k65536-256 --output-type q8_0
   vptq-bench --synthetic llama-3.1-405b --quant v16-k65536-65536 --layers 2
+  vptq-bench --synthetic llama-3.1-8b --device cuda -p 512,2048 -b 1,8
   vptq-bench --fits --embedding-type q8_0 --output-type q8_0
 
 Exit status: 0 done, 1 an error, 2 wrong usage, 130 stopped by Ctrl-C.
@@ -62,11 +66,28 @@ def parser() -> argparse.ArgumentParser:
         "--fits", action="store_true", help="measure nothing, but say which of these models fits which device"
     )
     p.add_argument(
-        "-p", "--n-prompt", metavar="N", type=int, default=512, help="0: no such test (default: 512)"
+        "-p",
+        "--n-prompt",
+        metavar="N,...",
+        type=_numbers,
+        default=[512],
+        help="0: no such test (default: 512)",
     )
     p.add_argument("-n", "--n-gen", metavar="N", type=int, default=128, help="0: no such test (default: 128)")
     p.add_argument(
-        "-t", "--threads", metavar="N,...", type=_numbers, help="default: one for each physical core"
+        "-b",
+        "--batch",
+        metavar="N,...",
+        type=_numbers,
+        default=[1],
+        help="sequences decoded together (default: 1)",
+    )
+    p.add_argument(
+        "-t",
+        "--threads",
+        metavar="N,...",
+        type=_numbers,
+        help="of the CPU (default: one for each physical core); not for a GPU",
     )
     p.add_argument("-r", "--repetitions", metavar="N", type=int, default=3, help="default: %(default)s")
     command.add_backend_options(p)
@@ -136,25 +157,21 @@ def _fits(arguments: argparse.Namespace) -> None:
 def _measure(arguments: argparse.Namespace) -> None:
     from vptq_runtime import machine  # only now: --help and wrong usage should not wait for it
 
-    tests = _tests(arguments)
+    _check(arguments)
+    device = machine.find(arguments.device)
+    tests = _tests(arguments, device)
     run = _run_file if arguments.model is not None else _run_synthetic
-    facts, measured, layers_measured = run(arguments, tests)
-    peak = machine.peak_memory()  # before the buffer that the bandwidth is measured with
+    facts, measured, layers_measured = run(arguments, tests, device)
     with _status("memory bandwidth"):
-        bandwidth = {n: machine.read_bandwidth(n) for n in dict.fromkeys(test.threads for test in tests)}
+        bandwidth = {n: device.bandwidth(n) for n in dict.fromkeys(test.threads for test in tests)}
     report = {
-        "system": machine.description()
-        | {
-            "device": measured.device,
-            "read_bandwidth": {str(n): rate for n, rate in bandwidth.items()},  # threads: bytes a second
-            "read_bandwidth_method": machine.READ_METHOD,
-        },
+        "system": device.description(bandwidth) | {"device": measured.device},
         "model": asdict(facts)
         | {
             "synthetic": arguments.model is None,
             "kv_type": arguments.kv_type,
             "precision": arguments.precision,
-            "memory_bytes": facts.memory_bytes(_n_ctx(tests)),
+            "memory_bytes": facts.memory_bytes(_n_cached(tests), device.rest_bytes),
             "layers_measured": layers_measured,  # from which the speeds are extrapolated; null: all there are
         },
         "results": [
@@ -163,7 +180,7 @@ def _measure(arguments: argparse.Namespace) -> None:
             for test, seconds in measured.seconds.items()
         ],
         "load_s": measured.load_s,
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": measured.peak_memory,
     }
     if arguments.json:
         print(json.dumps(report, indent=2))
@@ -173,16 +190,17 @@ def _measure(arguments: argparse.Namespace) -> None:
         print_report(report, markdown=arguments.md)
 
 
-def _run_file(arguments: argparse.Namespace, tests: list[SpeedTest]) -> Outcome:
+def _run_file(arguments: argparse.Namespace, tests: list[SpeedTest], device: Cpu | Gpu) -> Outcome:
     from vptq_runtime.speed import ModelFacts, measure, open_model
 
     model, open_s = open_model(arguments.model)
     facts = ModelFacts.of_model(model, Path(arguments.model).name, arguments.kv_type)
-    facts.check_memory(_n_ctx(tests))
-    return facts, measure(model, open_s, tests, **_options(arguments)), None
+    _check_memory(facts, tests, device)
+    return facts, measure(model, open_s, tests, **_options(arguments, device)), None
 
 
-def _run_synthetic(arguments: argparse.Namespace, tests: list[SpeedTest]) -> Outcome:
+def _run_synthetic(arguments: argparse.Namespace, tests: list[SpeedTest], device: Cpu | Gpu) -> Outcome:
+    from vptq_runtime import _native
     from vptq_runtime.generation import check_int
     from vptq_runtime.speed import LAST_FOR_ALL, extrapolated, measure, open_model
     from vptq_runtime.synthetic import Quant, SyntheticModel
@@ -197,14 +215,17 @@ def _run_synthetic(arguments: argparse.Namespace, tests: list[SpeedTest]) -> Out
     )
     n_layer = shape.n_layer if arguments.layers is None else arguments.layers
     check_int("--layers", n_layer, MIN_LAYERS, shape.n_layer)
-    model.facts(n_layer, arguments.kv_type).check_memory(_n_ctx(tests), hint="--layers N measures N of them")
+    made, hint = model.facts(n_layer, arguments.kv_type), "--layers N measures N of them"
+    _check_memory(made, tests, device, hint)
+    if device.name == "cuda":  # it is uploaded from a file in the host's memory
+        made.check_memory(0, _native.available_memory(), memory_name="host memory", hint=hint)
 
     facts, partial = model.facts(shape.n_layer, arguments.kv_type), n_layer < shape.n_layer
     if partial:
         kinds = {"pp": ("pp",), "tg": ("tg", "layers")}
         tests = [replace(test, kind=kind) for test in tests for kind in kinds[test.kind]]
     with model.file(n_layer) as path:
-        measured = measure(*open_model(path), tests, **_options(arguments))
+        measured = measure(*open_model(path), tests, **_options(arguments, device))
     if partial:
         # A prompt's time goes with the weights, decoding's with the bytes: codebooks are read for each token.
         left_out = {
@@ -218,11 +239,12 @@ def _run_synthetic(arguments: argparse.Namespace, tests: list[SpeedTest]) -> Out
 def _result(
     test: SpeedTest, seconds: list[float], bytes_per_token: float, bandwidth: float
 ) -> dict[str, Any]:
-    speeds = [test.n_tokens / s for s in seconds]
+    speeds = [test.n_all / s for s in seconds]
     return {
         "test": test.name,
-        "threads": test.threads,
-        "n_tokens": test.n_tokens,
+        "threads": test.threads or None,
+        "sequences": test.n_sequences,
+        "n_tokens": test.n_all,
         "seconds": seconds,
         "tok_s": fmean(speeds),
         "tok_s_std": stdev(speeds) if len(speeds) > 1 else 0.0,
@@ -231,39 +253,63 @@ def _result(
     }
 
 
-def _tests(arguments: argparse.Namespace) -> list[SpeedTest]:
-    from vptq_runtime import _native
+def _check(arguments: argparse.Namespace) -> None:
     from vptq_runtime.generation import check_choice, check_int
     from vptq_runtime.runtime import DEVICES, KV_TYPES, MAX_INT, PRECISIONS
-    from vptq_runtime.speed import SpeedTest
 
-    threads = arguments.threads or [_native.physical_cores()]
-    check_int("--n-prompt", arguments.n_prompt, 0, MAX_INT)
+    for n in arguments.n_prompt:
+        check_int("--n-prompt", n, 0, MAX_INT)
     check_int("--n-gen", arguments.n_gen, 0, MAX_INT)
+    for n in arguments.batch:
+        check_int("--batch", n, 1, MAX_BATCH)
     check_int("--repetitions", arguments.repetitions, 1, 1000)
-    for n in threads:
+    for n in arguments.threads or ():
         check_int("--threads", n, 1, 1024)
     check_choice("--device", arguments.device, DEVICES)
     check_choice("--kv-type", arguments.kv_type, KV_TYPES)
     check_choice("--precision", arguments.precision, PRECISIONS)
-    kinds = [(kind, n) for kind, n in (("pp", arguments.n_prompt), ("tg", arguments.n_gen)) if n]
-    if not kinds:
+    if not any(arguments.n_prompt) and not arguments.n_gen:
         raise OptionError("--n-prompt, --n-gen: found 0 for both, expected one test at least")
-    return [SpeedTest(kind, n, n_threads) for n_threads in dict.fromkeys(threads) for kind, n in kinds]
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+def _tests(arguments: argparse.Namespace, device: Cpu | Gpu) -> list[SpeedTest]:
+    from vptq_runtime import _native
+    from vptq_runtime.speed import SpeedTest
+
+    if device.name == "cuda" and arguments.threads:
+        raise OptionError("--threads: found a number of the CPU's, expected none on a GPU, or --device cpu")
+    threads = (arguments.threads or [_native.physical_cores()]) if device.name == "cpu" else [0]
+    tests = []
+    for n_threads in dict.fromkeys(threads):
+        tests += [SpeedTest("pp", n, n_threads) for n in dict.fromkeys(arguments.n_prompt) if n]
+        if arguments.n_gen:
+            tests += [SpeedTest("tg", arguments.n_gen, n_threads, n) for n in dict.fromkeys(arguments.batch)]
+    return tests
+
+
+def _check_memory(facts: ModelFacts, tests: list[SpeedTest], device: Cpu | Gpu, hint: str = "") -> None:
+    facts.check_memory(
+        _n_cached(tests),
+        device.available_memory(),
+        rest=device.rest_bytes,
+        memory_name=device.memory_name,
+        hint=hint,
+    )
+
+
+def _options(arguments: argparse.Namespace, device: Cpu | Gpu) -> dict[str, Any]:
     return {
-        "device": arguments.device,
+        "device": device.name,
         "kv_type": arguments.kv_type,
         "precision": arguments.precision,
         "repetitions": arguments.repetitions,
+        "peak_memory": device.peak_memory,
         "status": _status,
     }
 
 
-def _n_ctx(tests: list[SpeedTest]) -> int:
-    return max(test.n_tokens for test in tests)
+def _n_cached(tests: list[SpeedTest]) -> int:
+    return max(test.n_all for test in tests)
 
 
 def _dense_type(option: str | None) -> str:

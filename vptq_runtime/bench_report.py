@@ -25,9 +25,11 @@ HEADINGS = {  # and how they are justified
 
 def print_report(report: dict[str, Any], *, markdown: bool) -> None:
     """Prints the system, the table of results, then load time and memory."""
-    headings = HEADINGS
+    headings = dict(HEADINGS)
+    if "copy_bandwidth" in report["system"]:
+        del headings["threads"]  # a GPU has none to choose
     if report["model"]["layers_measured"] is not None:
-        headings = {name.replace("tok/s", "tok/s (extrapolated)"): side for name, side in HEADINGS.items()}
+        headings = {name.replace("tok/s", "tok/s (extrapolated)"): side for name, side in headings.items()}
     print(*_system(report["system"], report["model"]["precision"]), "", sep="\n")
     print_table(headings, _rows(report), markdown=markdown)
     print("", *_notes(report), sep="\n")
@@ -50,14 +52,20 @@ def print_table(headings: Mapping[str, str], rows: Sequence[Sequence[str]], *, m
 
 
 def _system(system: dict[str, Any], precision: str) -> list[str]:
+    memory = f"{_size(system['memory_bytes'])} memory, {_size(system['available_bytes'])} available"
+    processor = f"{system['cpu']}, cores: {system['cores']}"
+    if "copy_bandwidth" in system:
+        rate = f"{system['copy_bandwidth'] / 1e9:.1f} GB/s"
+        return [
+            f"{system['device']}, {memory}; host: {processor}; precision {precision}",
+            f"memory bandwidth: {rate} ({system['copy_bandwidth_method']})",
+        ]
     rates = ", ".join(
         f"{rate / 1e9:.1f} GB/s with {n} thread{'s' * (n != '1')}"
         for n, rate in system["read_bandwidth"].items()
     )
-    memory = f"{_size(system['memory_bytes'])} memory, {_size(system['available_bytes'])} available"
     return [
-        f"{system['cpu']}, cores: {system['cores']}, {memory}; runs on {system['device']}, "
-        f"precision {precision}",
+        f"{processor}, {memory}; runs on {system['device']}, precision {precision}",
         f"memory bandwidth: {rates} ({system['read_bandwidth_method']})",
     ]
 
@@ -70,7 +78,7 @@ def _rows(report: dict[str, Any]) -> list[list[str]]:
             name,
             _size(model["model_bytes"]),
             model["quant"],
-            str(result["threads"]),
+            *([str(result["threads"])] if result["threads"] else []),
             result["test"],
             _speed(result["tok_s"], result["tok_s_std"]),
             _size(result["bytes_per_token"]),
@@ -82,7 +90,8 @@ def _rows(report: dict[str, Any]) -> list[list[str]]:
 
 def _notes(report: dict[str, Any]) -> list[str]:
     model = report["model"]
-    load = f"load {report['load_s']:.2f} s, peak memory {_size(report['peak_memory_bytes'])}"
+    memory = "GPU memory" if "copy_bandwidth" in report["system"] else "memory"
+    load = f"load {report['load_s']:.2f} s, peak {memory} {_size(report['peak_memory_bytes'])}"
     if model["layers_measured"] is None:
         return [load]
     n_layer, n_measured = model["n_layer"], model["layers_measured"]

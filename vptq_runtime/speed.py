@@ -25,19 +25,26 @@ Status = Callable[[str], AbstractContextManager[object]]  # says what is being d
 
 @dataclass(frozen=True)
 class SpeedTest:
-    """pp512: a prompt of 512 tokens, without logits; tg128: 128 tokens decoded one by one; layers128: as
-    tg128, but without logits. All from an empty context."""
+    """pp512: a prompt of 512 tokens, without logits; tg128: 128 tokens decoded one by one, tg128x8: by 8
+    sequences together; layers128: as tg128, but without logits. All from an empty context."""
 
     kind: str
-    n_tokens: int
-    threads: int
+    n_tokens: int  # of a sequence
+    threads: int  # of the CPU; 0 on a GPU
+    n_sequences: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.kind}{self.n_tokens}"
+        together = f"x{self.n_sequences}" if self.n_sequences > 1 else ""
+        return f"{self.kind}{self.n_tokens}{together}"
+
+    @property
+    def n_all(self) -> int:
+        """The tokens of all sequences."""
+        return self.n_tokens * self.n_sequences
 
     def calls(self, n_batch: int) -> Iterator[tuple[int, int]]:
-        """The tokens [start, end) that each native call feeds."""
+        """The tokens [start, end) that each native call feeds, of each sequence."""
         step = n_batch if self.kind == "pp" else 1
         for start in range(0, self.n_tokens, step):
             yield start, min(start + step, self.n_tokens)
@@ -104,20 +111,27 @@ class ModelFacts:
             ),
         )
 
-    def memory_bytes(self, n_ctx: int) -> int:
-        """What running it takes with a context of n_ctx tokens."""
-        return self.model_bytes + self.kv_bytes * n_ctx + REST_BYTES
+    def memory_bytes(self, n_cached: int, rest: int = REST_BYTES) -> int:
+        """What running it takes with so many tokens in the KV cache."""
+        return self.model_bytes + self.kv_bytes * n_cached + rest
 
-    def check_memory(self, n_ctx: int, hint: str = "") -> None:
-        """Raises OutOfMemoryError where that is not available; hint: what to do then."""
-        need, available = self.memory_bytes(n_ctx), _native.available_memory()
+    def check_memory(
+        self,
+        n_cached: int,
+        available: int,
+        *,
+        rest: int = REST_BYTES,
+        memory_name: str = "memory",
+        hint: str = "",
+    ) -> None:
+        """Raises OutOfMemoryError where more than what is available is needed; hint: what to do then."""
+        need = self.memory_bytes(n_cached, rest)
         if need > available:
-            parts = (
-                f"model {_gib(self.model_bytes)}, KV cache of {n_ctx} tokens {_gib(self.kv_bytes * n_ctx)}"
-            )
+            cache = f", KV cache of {n_cached} tokens {_gib(self.kv_bytes * n_cached)}" if n_cached else ""
             raise OutOfMemoryError(
-                f"{self.name}, {self.n_layer} layers: needs {_gib(need)} of memory ({parts}), "
-                f"{_gib(available)} are available{hint and ': '}{hint}"
+                f"{self.name}, {self.n_layer} layers: needs {_gib(need)} of {memory_name} "
+                f"(model {_gib(self.model_bytes)}{cache}), {_gib(available)} are available"
+                + (f": {hint}" if hint else "")
             )
 
     def bytes_per_token(self, test: SpeedTest, n_batch: int) -> float:
@@ -127,8 +141,8 @@ class ModelFacts:
         weights, kv = self.layers_bytes + self.output_bytes, self.kv_bytes
         if test.kind == "pp":
             weights, kv = self.prompt_bytes, self.kv_bytes // self.n_layer * (self.n_layer - 1)
-        read = sum(weights + kv * end for _, end in test.calls(n_batch))
-        return read / test.n_tokens + self.embedding_row_bytes
+        read = sum(weights + kv * end * test.n_sequences for _, end in test.calls(n_batch))
+        return read / test.n_all + self.embedding_row_bytes
 
 
 @dataclass(frozen=True)
@@ -137,6 +151,7 @@ class Measured:
     n_batch: int
     load_s: float  # until the first token could be fed
     seconds: dict[SpeedTest, list[float]]  # one a repetition
+    peak_memory: int = 0  # bytes
 
 
 def kv_bytes(n_layer: int, n_head_kv: int, head_dim: int, kv_type: str) -> int:
@@ -161,15 +176,16 @@ def measure(
     kv_type: str,
     precision: str,
     repetitions: int,
+    peak_memory: Callable[[], int],
     status: Status,
 ) -> Measured:
-    """Runs each test once for warming up, a batch of it, and `repetitions` times.
+    """Runs each test for warming up, a batch of a prompt or a few tokens, and `repetitions` times.
 
     The "layers" tests always in f32: what they feed is a prompt only to the runtime, and stands for tokens
-    that are generated.
+    that are generated. peak_memory is asked before each context ends.
     """
     n_ctx = max(test.n_tokens for test in tests)
-    load_s = 0.0
+    load_s, peak = 0.0, 0
     seconds: dict[SpeedTest, list[float]] = {}
     groups: dict[tuple[int, str], list[SpeedTest]] = {}
     for test in tests:
@@ -187,11 +203,12 @@ def measure(
         )
         load_s = load_s or open_s + time.perf_counter() - begin
         for test in group:
-            with status(f"{test.name}, threads: {n_threads}"):
+            with status(test.name + (f", threads: {n_threads}" if n_threads else "")):
                 seconds[test] = _run(context, test, repetitions, model.n_vocab)
         device_name, n_batch = context.device, context.n_batch
+        peak = max(peak, peak_memory())
         del context  # before the next one takes its memory
-    return Measured(device_name, n_batch, load_s, seconds)
+    return Measured(device_name, n_batch, load_s, seconds, peak)
 
 
 def extrapolated(
@@ -214,26 +231,31 @@ def extrapolated(
 
 
 def _run(context: _native.Context, test: SpeedTest, repetitions: int, n_vocab: int) -> list[float]:
-    tokens = np.random.default_rng(0).integers(n_vocab, size=test.n_tokens).tolist()
-    sampler = _native.Sampler(**GREEDY)  # type: ignore[arg-type]
-    sequence = context.new_sequence(test.n_tokens)
+    tokens = np.random.default_rng(0).integers(n_vocab, size=(test.n_sequences, test.n_tokens)).tolist()
+    samplers = [_native.Sampler(**GREEDY) for _ in tokens]  # type: ignore[arg-type]
+    sequences = [context.new_sequence(test.n_tokens) for _ in tokens]
 
     def call(start: int, end: int) -> None:
+        fed = [each[start:end] for each in tokens]
         if test.kind == "tg":
-            context.step([sequence], [tokens[start:end]], [sampler])
+            context.step(sequences, fed, samplers)
         else:
-            context.prefill([sequence], [tokens[start:end]])
+            context.prefill(sequences, fed)
 
     calls = list(test.calls(context.n_batch))
-    call(*calls[0])
+    # A GPU's first steps are run, recorded and played; of a prompt's all are run.
+    for start, end in calls[: 1 if test.kind == "pp" else 3]:
+        call(start, end)
     seconds = []
     for _ in range(repetitions):
-        context.truncate(sequence, 0)
+        for sequence in sequences:
+            context.truncate(sequence, 0)
         begin = time.perf_counter()
         for start, end in calls:
             call(start, end)
         seconds.append(time.perf_counter() - begin)
-    context.free_sequence(sequence)
+    for sequence in sequences:
+        context.free_sequence(sequence)
     return seconds
 
 

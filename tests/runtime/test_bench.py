@@ -17,13 +17,14 @@ import pytest
 from tiny_gguf import HEAD_DIM, KEYS, N_EMBD, N_FF, N_VOCAB, tensors, write
 
 from vptq_runtime import _native, bench, machine, speed, synthetic
-from vptq_runtime.errors import OptionError
+from vptq_runtime.errors import OptionError, UnsupportedError
 from vptq_runtime.shapes import SHAPES, Shape, find_shape
 from vptq_runtime.speed import GREEDY, LAST_FOR_ALL, Measured, ModelFacts, SpeedTest, extrapolated
 from vptq_runtime.synthetic import QUANTS, Quant, SyntheticModel
 
 TINY = Shape(3, 64, 96, 4, 2, 160, 256, 1e4, head_dim=16)
 QUANT = "v6-k256-16"  # neither 64, 96 nor 32 output features are whole vectors of 6; indices of 12 bits
+SYNTHETIC = ["--synthetic", "tiny", "--quant", QUANT]
 HEADINGS = ["model", "size", "quant", "threads", "test", "tok/s", "read/token", "of bandwidth"]
 
 
@@ -34,9 +35,7 @@ def tiny_world(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*arguments: str) -> int:
-    return bench.main(
-        ["--synthetic", "tiny", "--quant", QUANT, "-p", "200", "-n", "5", "-t", "1,2", *arguments]
-    )
+    return bench.main([*SYNTHETIC, "--device", "cpu", "-p", "200", "-n", "5", "-t", "1,2", *arguments])
 
 
 def tiny_model(**changes: Any) -> SyntheticModel:
@@ -168,6 +167,7 @@ def test_bytes_per_token() -> None:
         kv_bytes=6,
     )
     assert facts.bytes_per_token(SpeedTest("tg", 3, 1), 128) == 1000 + 100 + 7 + 6 * (1 + 2 + 3) / 3
+    assert facts.bytes_per_token(SpeedTest("tg", 3, 1, 8), 128) == (1000 + 100) / 8 + 7 + 6 * (1 + 2 + 3) / 3
     assert facts.bytes_per_token(SpeedTest("pp", 200, 1), 128) == (2 * 800 + 4 * (128 + 200)) / 200 + 7
 
 
@@ -243,10 +243,21 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
         assert result["extrapolated"] is False
 
 
+def test_sequences_decoded_together(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("-p", "9,4,9,0", "-b", "1,3", "-t", "1", "-r", "1", "--json") == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    found = [(r["test"], r["sequences"], r["n_tokens"]) for r in results]
+    assert found == [("pp9", 1, 9), ("pp4", 1, 4), ("tg5", 1, 5), ("tg5x3", 3, 15)]
+    alone, together = results[2:]
+    assert together["tok_s"] == 15 / together["seconds"][0]
+    assert together["bytes_per_token"] < alone["bytes_per_token"]
+
+
 def test_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arrays = tensors()
     path = write(tmp_path / "tiny|1.gguf", KEYS, arrays)
-    assert bench.main(["-m", str(path), "-p", "0", "-n", "3", "-t", "1", "-r", "1", "--json"]) == 0
+    cpu = ["-m", str(path), "--device", "cpu", "-t", "1", "-r", "1"]
+    assert bench.main([*cpu, "-p", "0", "-n", "3", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     model = report["model"]
     assert (model["name"], model["quant"], model["n_layer"]) == ("tiny|1.gguf", "v4-k16-0", 1)
@@ -260,7 +271,7 @@ def test_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert model["kv_bytes"] == 2 * 2 * HEAD_DIM * 2
     [result] = report["results"]
     assert (result["test"], result["tok_s_std"]) == ("tg3", 0)
-    assert bench.main(["-m", str(path), "-p", "4", "-n", "0", "-t", "1", "-r", "1", "--md"]) == 0
+    assert bench.main([*cpu, "-p", "4", "-n", "0", "--md"]) == 0
     assert "| tiny\\|1.gguf | 0.0" in capsys.readouterr().out
 
 
@@ -374,6 +385,9 @@ def test_some_layers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         (["-p", "0", "-n", "0"], "found 0 for both"),
         (["-p", "-1"], "--n-prompt: found -1"),
         (["-n", str(2**40)], "--n-gen: found 1099511627776"),
+        (["-p", "1,-1"], "--n-prompt: found -1"),
+        (["-b", "0"], "--batch: found 0"),
+        (["-b", "1,129"], "--batch: found 129"),
         (["-r", "0"], "--repetitions: found 0"),
         (["-t", "1,0"], "--threads: found 0"),
         (["--device", "tpu"], "--device: found 'tpu'"),
@@ -435,7 +449,8 @@ def test_too_large_for_memory(
     monkeypatch.setattr(_native, "available_memory", lambda: 3 << 29)
     monkeypatch.setattr(synthetic, "_empty_file", never)
     monkeypatch.setattr(_native, "Context", never)
-    assert bench.main(["--synthetic", "llama-3.1-405b", "--quant", "v16-k65536-65536"]) == 1
+    large = ["--synthetic", "llama-3.1-405b", "--quant", "v16-k65536-65536", "--device", "cpu"]
+    assert bench.main(large) == 1
     error = capsys.readouterr().err
     assert re.match(
         r"vptq-bench: error: llama-3.1-405b, 126 layers: needs 105\.\d\d GiB of memory \(model", error
@@ -443,11 +458,108 @@ def test_too_large_for_memory(
     assert error.endswith("1.50 GiB are available: --layers N measures N of them\n")
     assert run("-n", str(2**31 - 1)) == 1
     assert "KV cache of 2147483647 tokens" in capsys.readouterr().err
-    assert bench.main(["--synthetic", "llama-3.1-405b", "--quant", "v16-k65536-65536", "--layers", "2"]) == 1
+    assert bench.main([*large, "--layers", "2"]) == 1
     assert "llama-3.1-405b, 2 layers: needs" in capsys.readouterr().err
     path = write(tmp_path / "model.gguf", KEYS, tensors())
-    assert bench.main(["-m", str(path), "-n", str(10**9)]) == 1
+    assert bench.main(["-m", str(path), "--device", "cpu", "-n", str(10**9)]) == 1
     assert re.match(r"vptq-bench: error: model.gguf, 1 layers: needs .* GiB", capsys.readouterr().err)
+
+
+class FakeGpu:
+    """Stands for _native.Gpu."""
+
+    description = "cuda (fake)"
+    total_memory = 140 << 30
+    available_memory = 130 << 30
+
+    def copy_bandwidth(self) -> float:
+        return 4e12
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeGpu]:
+    monkeypatch.setattr(_native, "Gpu", FakeGpu)
+    return FakeGpu
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_no_threads_on_a_gpu(
+    device: str, fake_gpu: type[FakeGpu], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.main([*SYNTHETIC, "--device", device, "-t", "2"]) == 2
+    assert "--threads: found a number of the CPU's, expected none on a GPU" in capsys.readouterr().err
+
+
+def test_too_large_for_a_gpu(
+    fake_gpu: type[FakeGpu], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused by the GPU's memory, and of a synthetic model also by the host's, which has its file."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("made all the same")
+
+    monkeypatch.setattr(synthetic, "_empty_file", never)
+    monkeypatch.setattr(_native, "Context", never)
+    monkeypatch.setattr(_native, "available_memory", lambda: 80 << 30)
+    large = ["--synthetic", "llama-3.1-405b", "--quant", "v16-k65536-1024", "--device", "cuda"]
+    assert bench.main(large) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"needs \d+\.\d\d GiB of host memory \(model [^,]*\), 80.00 GiB are available", error)
+    monkeypatch.setattr(fake_gpu, "available_memory", 70 << 30)
+    assert bench.main(large) == 1
+    assert re.search(
+        r"405b, 126 layers: needs \d+\.\d\d GiB of GPU memory \(model .*, KV cache of 512 tokens .*\), "
+        r"70.00 GiB are available: --layers N measures N of them\n",
+        capsys.readouterr().err,
+    )
+
+
+def test_report_of_a_gpu(
+    fake_gpu: type[FakeGpu], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(*_: object, **options: Any) -> Measured:
+        assert options["device"] == "cuda"
+        monkeypatch.setattr(fake_gpu, "available_memory", 128 << 30)
+        test = SpeedTest("tg", 5, 0)
+        return Measured("cuda (fake)", 512, 0.5, {test: [0.5]}, options["peak_memory"]())
+
+    monkeypatch.setattr(speed, "measure", measure)
+    assert bench.main([*SYNTHETIC, "--device", "cuda", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["peak_memory_bytes"] == 2 << 30
+    assert report["system"]["memory_bytes"] == 140 << 30
+    assert report["system"]["copy_bandwidth"] == 4e12 and "read_bandwidth" not in report["system"]
+    [result] = report["results"]
+    assert result["threads"] is None
+    assert result["bandwidth_share"] == result["bytes_per_token"] * 10 / 4e12
+    monkeypatch.setattr(fake_gpu, "available_memory", 130 << 30)
+    assert bench.main([*SYNTHETIC, "--device", "cuda", "--md"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("cuda (fake), 140.00 GiB memory, 130.00 GiB available; host: ")
+    assert lines[1] == f"memory bandwidth: 4000.0 GB/s ({machine.COPY_METHOD})"
+    header, _, row = cells("\n".join(lines), "|")
+    assert header == [heading for heading in HEADINGS if heading != "threads"]
+    assert row[3:5] == ["tg5", "10.00 ± 0.00"]
+    assert lines[-1] == "load 0.50 s, peak GPU memory 2.00 GiB"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        gpu = _native.Gpu()
+    except UnsupportedError as e:
+        pytest.skip(str(e))
+    options = [*SYNTHETIC, "--device", "cuda", "-p", "20", "-n", "5", "-b", "1,3", "-r", "1", "--json"]
+    for layers in ([], ["--layers", "2"]):
+        assert bench.main([*options, *layers]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert [result["test"] for result in report["results"]] == ["pp20", "tg5", "tg5x3"]
+        assert all(result["tok_s"] > 0 for result in report["results"])
+        system = report["system"]
+        assert system["device"] == gpu.description
+        assert 0 < system["available_bytes"] <= system["memory_bytes"] == gpu.total_memory
+        assert system["copy_bandwidth"] > 0
+        assert report["peak_memory_bytes"] > 0
 
 
 def test_no_room_for_the_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
