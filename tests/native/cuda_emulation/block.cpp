@@ -24,7 +24,6 @@ dim3 block_shape, grid_shape;
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr const char* kSyncBlock = "sync_block";
 
 struct Copy {
   void* to;
@@ -294,7 +293,7 @@ void run_grid(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, co
 std::byte* dynamic_shared() { return m.shared; }
 
 void sync_block() {
-  m.current->waits_for = kSyncBlock;
+  m.current->waits_for = "sync_block";
   ++m.n_at_barrier;
   char* barrier = &m.barriers[m.n_barriers % 2];
   release(barrier);

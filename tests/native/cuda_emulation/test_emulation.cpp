@@ -1,82 +1,19 @@
-// The emulation itself: what kernels and the backend take for granted of a device.
-#include <sys/wait.h>
-#include <unistd.h>
-
+// The emulation itself: what kernels take for granted of a device.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "cuda/device.cuh"
 #include "cuda/launch.cuh"
+#include "testing.h"
 
 using namespace vptq::cuda;
 
 namespace {
-
-#define EXPECT(condition)                                                      \
-  do {                                                                         \
-    if (!(condition)) {                                                        \
-      std::fprintf(stderr, "%s:%d: not %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                            \
-    }                                                                          \
-  } while (false)
-
-// An array in device memory.
-template <class T>
-class Device {
- public:
-  explicit Device(const std::vector<T>& values) : n_(values.size()) {
-    EXPECT(cudaMalloc(reinterpret_cast<void**>(&p_), n_ * sizeof(T)) == cudaSuccess);
-    set(values);
-  }
-  ~Device() { cudaFree(p_); }
-  Device(const Device&) = delete;
-  Device& operator=(const Device&) = delete;
-
-  T* get() const { return p_; }
-  void set(const std::vector<T>& values) {
-    EXPECT(cudaMemcpy(p_, values.data(), n_ * sizeof(T), cudaMemcpyHostToDevice) == cudaSuccess);
-  }
-  std::vector<T> values() const {
-    std::vector<T> values(n_);
-    EXPECT(cudaMemcpy(values.data(), p_, n_ * sizeof(T), cudaMemcpyDeviceToHost) == cudaSuccess);
-    return values;
-  }
-
- private:
-  T* p_ = nullptr;
-  size_t n_;
-};
-
-// What the process would say and end with, did it call f.
-template <class F>
-std::string death(F f) {
-  int ends[2];
-  EXPECT(pipe(ends) == 0);
-  const pid_t child = fork();
-  EXPECT(child >= 0);
-  if (child == 0) {
-    dup2(ends[1], 2);
-    f();
-    _exit(0);
-  }
-  close(ends[1]);
-  std::string said;
-  char buffer[4096];
-  for (ssize_t n; (n = read(ends[0], buffer, sizeof(buffer))) > 0;) said.append(buffer, static_cast<size_t>(n));
-  close(ends[0]);
-  int status = 0;
-  EXPECT(waitpid(child, &status, 0) == child);
-  EXPECT(WIFSIGNALED(status) || WEXITSTATUS(status) != 0);
-  return said;
-}
-
-bool contains(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
 
 // Sums of blocks of threads, by halves, in shared memory; thread 0 leaves before the last barrier.
 template <int kThreads>
@@ -263,126 +200,6 @@ void test_halves() {
   EXPECT(add_halves(0x3c000001, 0x3c010001) == 0x40000002);  // 1 + 1.001 is a tie; subnormals are exact
 }
 
-__global__ void scale(const float* x, float factor, float* y) { y[threadIdx.x] = factor * x[threadIdx.x]; }
-
-void test_graphs() {
-  cudaStream_t stream;
-  EXPECT(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess);
-  Device<float> x(std::vector<float>(8, 1.0f)), y(std::vector<float>(8, 0.0f));
-  float* pinned = nullptr;
-  EXPECT(cudaMallocHost(reinterpret_cast<void**>(&pinned), 8 * sizeof(float)) == cudaSuccess);
-  EXPECT(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess);
-  float factor = 3;
-  launch(scale, {1, 8}, stream, x.get(), factor, y.get());
-  factor = 5;
-  EXPECT(cudaMemcpyAsync(pinned, y.get(), 8 * sizeof(float), cudaMemcpyDeviceToHost, stream) == cudaSuccess);
-  EXPECT(cudaMemsetAsync(y.get(), 0, sizeof(float), stream) == cudaSuccess);
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  EXPECT(cudaStreamEndCapture(stream, &graph) == cudaSuccess);
-  EXPECT(cudaGraphInstantiate(&exec, graph) == cudaSuccess && cudaGraphDestroy(graph) == cudaSuccess);
-  EXPECT(y.values()[1] == 0);  // nothing has run yet
-  for (const float value : {2.0f, 7.0f}) {
-    x.set(std::vector<float>(8, value));
-    EXPECT(cudaGraphLaunch(exec, stream) == cudaSuccess && cudaStreamSynchronize(stream) == cudaSuccess);
-    EXPECT(pinned[0] == 3 * value && y.values()[0] == 0 && y.values()[7] == 3 * value);
-  }
-  EXPECT(cudaGraphExecDestroy(exec) == cudaSuccess);
-
-  EXPECT(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess);
-  void* memory = nullptr;
-  EXPECT(cudaMalloc(&memory, 16) == cudaErrorStreamCaptureUnsupported && !memory);
-  EXPECT(cudaStreamEndCapture(stream, &graph) == cudaErrorStreamCaptureInvalidated);
-  EXPECT(cudaGetLastError() == cudaErrorStreamCaptureInvalidated && cudaGetLastError() == cudaSuccess);
-
-  EXPECT(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess);
-  float pageable;
-  EXPECT(cudaMemcpyAsync(&pageable, x.get(), 4, cudaMemcpyDeviceToHost, stream) == cudaErrorStreamCaptureUnsupported);
-  EXPECT(cudaStreamSynchronize(stream) == cudaErrorStreamCaptureUnsupported);
-  EXPECT(cudaStreamEndCapture(stream, &graph) == cudaErrorStreamCaptureInvalidated);
-  EXPECT(cudaFreeHost(pinned) == cudaSuccess && cudaStreamDestroy(stream) == cudaSuccess);
-}
-
-void test_streams() {
-  cudaStream_t stream;
-  cudaEvent_t event;
-  EXPECT(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess);
-  EXPECT(cudaEventCreateWithFlags(&event, cudaEventDisableTiming) == cudaSuccess);
-  float* pinned = nullptr;
-  EXPECT(cudaMallocHost(reinterpret_cast<void**>(&pinned), 8 * sizeof(float)) == cudaSuccess);
-  const Device<float> x(std::vector<float>(8, 0.0f)), y(std::vector<float>(8, 0.0f));
-  std::vector<float> pageable(8, 1.0f);
-  const auto copy = [&](void* to, const void* from, cudaMemcpyKind kind) {
-    return cudaMemcpyAsync(to, from, 8 * sizeof(float), kind, stream) == cudaSuccess;
-  };
-
-  // Pageable memory is read and written at once, pinned memory when somebody waits.
-  EXPECT(copy(x.get(), pageable.data(), cudaMemcpyHostToDevice));
-  pageable[0] = 2;
-  launch(scale, {1, 8}, stream, x.get(), 3.0f, y.get());
-  pinned[0] = 4;
-  EXPECT(copy(pinned, y.get(), cudaMemcpyDeviceToHost) && cudaEventRecord(event, stream) == cudaSuccess);
-  EXPECT(copy(x.get(), pinned, cudaMemcpyHostToDevice));
-  EXPECT(pinned[0] == 4 && x.values()[0] == 0);
-  EXPECT(cudaEventSynchronize(event) == cudaSuccess && pinned[0] == 3 && x.values()[0] == 1);
-  pinned[0] = 5;  // too early
-  EXPECT(copy(pageable.data(), x.get(), cudaMemcpyDeviceToHost) && pageable[0] == 5 && pageable[1] == 3);
-
-  EXPECT(cudaFreeHost(pinned) == cudaSuccess && cudaEventDestroy(event) == cudaSuccess);
-  EXPECT(cudaStreamDestroy(stream) == cudaSuccess);
-}
-
-// Several of the host's threads.
-void test_host_threads() {
-  std::vector<std::thread> threads;
-  for (int i = 0; i < 4; ++i) {
-    threads.emplace_back([i] {
-      cudaStream_t stream;
-      EXPECT(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess);
-      const Device<float> x(std::vector<float>(64, static_cast<float>(i))), sums(std::vector<float>(2, 0.0f));
-      for (int run = 0; run < 20; ++run) {
-        launch(sum_blocks<32>, {2, 32}, stream, x.get(), sums.get());
-        EXPECT(cudaStreamSynchronize(stream) == cudaSuccess && sums.values()[1] == static_cast<float>(32 * i));
-      }
-      EXPECT(cudaStreamDestroy(stream) == cudaSuccess);
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-}
-
-void test_memory() {
-  setenv("VPTQ_EMULATED_MEMORY", "1000", 1);
-  size_t free = 0, total = 0;
-  void *a = nullptr, *b = nullptr;
-  EXPECT(cudaMalloc(&a, 600) == cudaSuccess);
-  EXPECT(cudaMemGetInfo(&free, &total) == cudaSuccess && free == 400 && total == 1000);
-  EXPECT(cudaMalloc(&b, 401) == cudaErrorMemoryAllocation && !b);
-  EXPECT(cudaMalloc(&b, 400) == cudaSuccess && cudaFree(b) == cudaSuccess && cudaFree(a) == cudaSuccess);
-  unsetenv("VPTQ_EMULATED_MEMORY");
-  char host[8];
-  EXPECT(cudaMemcpy(host, host + 4, 4, cudaMemcpyHostToDevice) == cudaErrorInvalidValue);
-}
-
-bool launches(const Shape& shape) {
-  try {
-    launch(read_unwritten, shape, nullptr, nullptr);
-  } catch (const std::exception&) {
-    return false;
-  }
-  return true;
-}
-
-void test_shapes() {
-  EXPECT(!launches({1, 0}) && !launches({0, 32}) && !launches({1, 1025}) && !launches({dim3(1, 65536), 32}));
-  EXPECT(!launches({1, 32, (48 << 10) + 1}));
-  const Device<float> out(std::vector<float>(32, 0.0f));
-  allow_shared(read_unwritten, 227 << 10);
-  launch(read_unwritten, {1, 32, 227 << 10}, nullptr, out.get());
-  EXPECT(cudaFuncSetAttribute(nullptr, cudaFuncAttributeMaxDynamicSharedMemorySize, (227 << 10) + 1) ==
-         cudaErrorInvalidValue);
-  EXPECT(!launches({1, 32, (227 << 10) + 1}));
-}
-
 __global__ void leave_a_lane_out(int which) {
   if (static_cast<int>(threadIdx.x) == which) return;
   sync_warp();
@@ -499,11 +316,7 @@ int main() {
   test_copies();
   test_unwritten_memory();
   test_halves();
-  test_graphs();
-  test_streams();
-  test_host_threads();
-  test_memory();
-  test_shapes();
+  test_runtime_api();
   test_deaths();
   test_sanitizer();
   test_races();
