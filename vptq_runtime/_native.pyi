@@ -1,6 +1,6 @@
 """The native runtime. All methods release the GIL while they compute; errors are vptq_runtime.errors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,15 +63,19 @@ class Context:
         n_threads: int,
         kv_type: str,
         precision: str = "auto",
+        progress: Callable[[int, int], object] | None = None,
     ) -> None:
         """device: auto | cpu | cuda; n_ctx: most tokens of one sequence; n_threads: 0 for the physical cores;
-        kv_type: f16 | f32 | q8_0; precision: auto | f32, see Runtime."""
+        kv_type: f16 | f32 | q8_0; precision: auto | f32; progress: see Runtime."""
     @property
     def device(self) -> str:
         """What it runs on, for people: `cpu (avx512, 2 threads)`."""
     @property
     def why_not_cuda(self) -> str:
         """Why device "auto" has become the CPU; else empty."""
+    @property
+    def available_memory(self) -> int:
+        """Bytes of the device's memory that could still be allocated."""
     @property
     def n_ctx(self) -> int: ...
     @property

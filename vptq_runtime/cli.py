@@ -8,7 +8,8 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from vptq_runtime.runtime import Runtime
 
 DEFAULT_MAX_TOKENS = 128
+SILENT_LOAD_S = 0.5
 BOLD, DIM, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 CHAT_COMMANDS = (
     "/exit, /quit or Ctrl-D leaves, /reset forgets the conversation, /help shows this, Ctrl-C stops a reply"
@@ -197,14 +199,17 @@ def _run_model(arguments: argparse.Namespace) -> None:
     Options.checked(**options)  # a large model takes its time to load
     from vptq_runtime.runtime import Runtime  # only now: --help and wrong usage should not wait for it
 
-    with Runtime(
-        arguments.model,
-        device=arguments.device,
-        n_ctx=arguments.n_ctx,
-        n_threads=arguments.n_threads,
-        kv_type=arguments.kv_type,
-        precision=arguments.precision,
-    ) as runtime:
+    with _loading_bar() as progress:
+        runtime = Runtime(
+            arguments.model,
+            device=arguments.device,
+            n_ctx=arguments.n_ctx,
+            n_threads=arguments.n_threads,
+            kv_type=arguments.kv_type,
+            precision=arguments.precision,
+            progress=progress,
+        )
+    with runtime:
         if runtime.n_ctx > runtime.n_ctx_train:
             trained = f"more than the {runtime.n_ctx_train} that the model was trained on"
             _note(f"the context of {runtime.n_ctx} tokens is {trained}")
@@ -212,6 +217,30 @@ def _run_model(arguments: argparse.Namespace) -> None:
             _chat(runtime, arguments, options, prompt)
         else:
             _complete(runtime, arguments, options, prompt)
+
+
+@contextlib.contextmanager
+def _loading_bar() -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on the terminal, once loading has taken a moment: a GPU's memory has to be filled first."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    bar = Progress(console=Console(stderr=True), transient=True)
+    task = bar.add_task("Loading layers")
+    begin = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        if time.monotonic() - begin > SILENT_LOAD_S:
+            bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield progress
+    finally:
+        bar.stop()
 
 
 def _prompt(arguments: argparse.Namespace) -> str | None:

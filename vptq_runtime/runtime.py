@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -60,6 +60,8 @@ class Runtime:
     precision: "auto" puts prompts (never generated tokens) through the linear layers in 16-bit integers where
         that is faster; docs/exactness.md says what it changes. "f32": all in float32.
 
+    progress: called while the weights are made ready, with how many layers are and how many there are.
+
     The KV cache of the last single prompt is kept: of a next one that begins like it, only the rest is fed.
 
     Use it in a `with` block, or call `close()`. Threads may share it: their calls take turns, token by token.
@@ -76,6 +78,7 @@ class Runtime:
         n_threads: int | None = None,
         kv_type: str = "f16",
         precision: str = "auto",
+        progress: Callable[[int, int], object] | None = None,
     ) -> None:
         start = time.perf_counter()
         if n_ctx is not None:
@@ -105,6 +108,7 @@ class Runtime:
             n_threads=n_threads or 0,
             kv_type=kv_type,
             precision=precision,
+            progress=progress,
         )
         self._kept = KeptSequence()
         self._device = self._context.device

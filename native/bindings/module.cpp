@@ -188,14 +188,21 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](Context* self, std::shared_ptr<Model> model, const std::string& device, int n_ctx, int n_threads,
-             const std::string& kv_type, const std::string& precision) {
+             const std::string& kv_type, const std::string& precision, const nb::object& progress) {
+            vptq::ContextOptions options{device, n_ctx, n_threads, kv_type, precision, {}};
+            if (!progress.is_none())
+              options.progress = [&](int done, int all) {
+                const nb::gil_scoped_acquire acquire;
+                progress(done, all);
+              };
             const nb::gil_scoped_release release;
-            new (self) Context(std::move(model), {device, n_ctx, n_threads, kv_type, precision});
+            new (self) Context(std::move(model), options);
           },
           nb::arg("model"), nb::kw_only(), nb::arg("device"), nb::arg("n_ctx"), nb::arg("n_threads"),
-          nb::arg("kv_type"), nb::arg("precision") = "auto")
+          nb::arg("kv_type"), nb::arg("precision") = "auto", nb::arg("progress") = nb::none())
       .def_prop_ro("device", &Context::device)
       .def_prop_ro("why_not_cuda", &Context::why_not_cuda)
+      .def_prop_ro("available_memory", &Context::available_memory)
       .def_prop_ro("n_ctx", &Context::n_ctx)
       .def_prop_ro("n_batch", &Context::n_batch)
       .def("new_sequence", &Context::new_sequence, nb::arg("n_tokens"), no_gil)

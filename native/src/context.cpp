@@ -29,9 +29,11 @@ struct Context::State {
               KvLayout{model->hyperparameters().n_layer, model->hyperparameters().n_head_kv,
                        model->hyperparameters().head_dim, kv_type},
               n_ctx) {
-    cache.check_memory(n_ctx, backend->weight_memory(*model));
-    transformer =
-        std::make_unique<Transformer>(*model, *backend, options.precision == "auto" && backend->rounding_pays());
+    const size_t weights = backend->weight_memory(*model);
+    cache.check_memory(n_ctx, weights);
+    const bool rounded = options.precision == "auto" && backend->rounding_pays();
+    transformer = std::make_unique<Transformer>(*model, *backend, rounded, options.progress);
+    if (weights) model->file().drop_pages();  // they are on the device
   }
 
   void forward(std::span<const Feed> feeds, Want want, std::span<float> logits) {
@@ -155,6 +157,7 @@ const Model& Context::model() const { return *state_->model; }
 std::string Context::device() const { return state_->backend->description(); }
 const std::string& Context::why_not_cuda() const { return state_->why_not_cuda; }
 int Context::n_ctx() const { return state_->n_ctx; }
+size_t Context::available_memory() const { return state_->backend->available_memory(); }
 int Context::n_batch() const { return state_->backend->max_tokens(); }
 
 int Context::new_sequence(int n_tokens) { return state_->cache.new_sequence(n_tokens); }

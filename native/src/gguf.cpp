@@ -199,6 +199,8 @@ MappedFile::MappedFile(const std::string& path) {
 
 MappedFile::~MappedFile() { ::munmap(const_cast<std::byte*>(data_), bytes_); }
 
+void MappedFile::drop_pages() const { ::madvise(const_cast<std::byte*>(data_), bytes_, MADV_DONTNEED); }
+
 GgufFile::GgufFile(const std::string& path) : path_(path), map_(path) {
   Cursor in(map_, path_);
   if (in.remaining() < 4 || in.read<uint32_t>("the magic") != kMagic)

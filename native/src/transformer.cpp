@@ -5,7 +5,8 @@
 
 namespace vptq {
 
-Transformer::Transformer(const Model& model, Backend& backend, bool rounded)
+Transformer::Transformer(const Model& model, Backend& backend, bool rounded,
+                         const std::function<void(int, int)>& progress)
     : p_(model.hyperparameters()),
       backend_(backend),
       token_embd_(backend.table(model.token_embd())),
@@ -26,6 +27,7 @@ Transformer::Transformer(const Model& model, Backend& backend, bool rounded)
         .ffn_down = backend.linear(w.ffn_down, rounded),
         .sliding_window = p_.sliding_window[i],
     });
+    if (progress) progress(i + 1, p_.n_layer);
   }
   const auto activations = [&](size_t features) {
     return reinterpret_cast<float*>(

@@ -11,8 +11,8 @@ namespace vptq {
 
 class Transformer {
  public:
-  // rounded: prompts go through the layers in 16-bit numbers.
-  Transformer(const Model& model, Backend& backend, bool rounded);
+  // rounded: prompts go through the layers in 16-bit numbers. progress: as ContextOptions has it, or empty.
+  Transformer(const Model& model, Backend& backend, bool rounded, const std::function<void(int, int)>& progress);
 
   // Stores the batch's keys and values into the cache and puts the logits of batch.outputs into
   // logits (n_outputs, n_vocab). At most backend.max_tokens() tokens.

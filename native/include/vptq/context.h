@@ -1,6 +1,7 @@
 // A model on a device, with a KV cache shared by many sequences.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -18,6 +19,7 @@ struct ContextOptions {
   std::string kv_type = "f16";  // f16, f32, or q8_0: blocks of 32 int8 and an f16 scale
   // auto: prompts' tokens may go through the linear layers in 16-bit numbers, where that is faster; f32: never
   std::string precision = "auto";
+  std::function<void(int, int)> progress;  // called while loading: layers that are ready, and all
 };
 
 // Tokens to append to a sequence. What precision "auto" computes them in, `prompt` says, and nothing else: neither how
@@ -39,7 +41,8 @@ class Context {
   std::string device() const;
   const std::string& why_not_cuda() const;  // why device "auto" has become the CPU; else empty
   int n_ctx() const;
-  int n_batch() const;  // most tokens of one call, over all its sequences
+  size_t available_memory() const;  // bytes of the device's that could still be allocated
+  int n_batch() const;              // most tokens of one call, over all its sequences
 
   int new_sequence(int n_tokens);  // with cache reserved for n_tokens tokens
   void free_sequence(int sequence);

@@ -34,6 +34,8 @@ class MappedFile {
 
   const std::byte* data() const { return data_; }
   size_t bytes() const { return bytes_; }
+  // Gives back the memory of the pages that have been read; they are read again when they are needed again.
+  void drop_pages() const;
 
  private:
   const std::byte* data_ = nullptr;
@@ -47,6 +49,7 @@ class GgufFile {
 
   const std::string& path() const { return path_; }
   size_t bytes() const { return map_.bytes(); }
+  void drop_pages() const { map_.drop_pages(); }
   const std::map<std::string, GgufValue, std::less<>>& metadata() const { return metadata_; }
   const std::map<std::string, Tensor, std::less<>>& tensors() const { return tensors_; }
 
