@@ -35,15 +35,15 @@ class Case:
     reference: Reference
     greedy: list[Greedy]  # one for each of PROMPT_LENGTHS
 
-    def runtime(self, numbers: tuple[str, str]) -> Runtime:
+    def runtime(self, device: str, numbers: tuple[str, str]) -> Runtime:
         kv_type, precision = numbers
-        return Runtime(self.path, device="cpu", n_ctx=N_CTX, kv_type=kv_type, precision=precision)
+        return Runtime(self.path, device=device, n_ctx=N_CTX, kv_type=kv_type, precision=precision)
 
-    def exact_context(self) -> _native.Context:
-        kv_type, precision = EXACT
+    def context(self, device: str, numbers: tuple[str, str]) -> _native.Context:
+        kv_type, precision = numbers
         model = _native.Model(str(self.path))
         return _native.Context(
-            model, device="cpu", n_ctx=N_CTX, n_threads=0, kv_type=kv_type, precision=precision
+            model, device=device, n_ctx=N_CTX, n_threads=2, kv_type=kv_type, precision=precision
         )
 
 
@@ -73,9 +73,9 @@ def one_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("numbers", MAX_KL)
-def test_logits_and_greedy_tokens(case: Case, numbers: tuple[str, str]) -> None:
+def test_logits_and_greedy_tokens(case: Case, device: str, numbers: tuple[str, str]) -> None:
     """KL to transformers in float32; each prompt alone and all in one batch continue as they do there."""
-    with case.runtime(numbers) as runtime:
+    with case.runtime(device, numbers) as runtime:
         for greedy in case.greedy:
             tokens = greedy.prompt + greedy.tokens
             logits = runtime.logits(tokens)
@@ -95,7 +95,7 @@ def test_every_instruction_set(
     monkeypatch.setenv("VPTQ_CPU_ISA", isa)
     tokens = one_case.greedy[-1].prompt
     reference = one_case.reference.logits(tokens).astype(np.float64)
-    with one_case.runtime(numbers) as runtime:
+    with one_case.runtime("cpu", numbers) as runtime:
         assert isa in runtime.device
         logits = runtime.logits(tokens)
         batch = runtime.generate([greedy.prompt for greedy in one_case.greedy], max_tokens=32, temperature=0)
@@ -106,9 +106,9 @@ def test_every_instruction_set(
 
 
 @pytest.mark.parametrize("piece", [1, 7, 64])
-def test_prompt_in_pieces(one_case: Case, piece: int) -> None:
+def test_prompt_in_pieces(one_case: Case, device: str, piece: int) -> None:
     """Fed piece by piece a prompt gives the logits and tokens that it gives when fed whole."""
-    context = one_case.exact_context()
+    context = one_case.context(device, EXACT)
     longest = one_case.greedy[-1]
     prompt = longest.prompt
     assert sum(PROMPT_LENGTHS) <= context.n_batch
@@ -131,16 +131,15 @@ def test_prompt_in_pieces(one_case: Case, piece: int) -> None:
     assert continuation == longest.tokens
 
 
-def test_in_16_bits_pieces_and_company_change_nothing(one_case: Case) -> None:
-    model = _native.Model(str(one_case.path))
-    context = _native.Context(model, device="cpu", n_ctx=N_CTX, n_threads=2, kv_type="f16", precision="auto")
+def test_in_16_bits_pieces_and_company_change_nothing(one_case: Case, device: str) -> None:
+    context = one_case.context(device, DEFAULT)
     prompt, other = one_case.greedy[-1].prompt, one_case.greedy[-2].prompt
     whole = context.logits(context.new_sequence(len(prompt)), prompt)
     sequence = context.new_sequence(len(prompt))
     pieces = [context.logits(sequence, prompt[a:b]) for a, b in ((0, 1), (1, 34), (34, len(prompt)))]
     assert np.array_equal(np.concatenate(pieces), whole)
-    if "avx" in context.device:  # where it pays, prompts are rounded, and generated tokens are not
-        exact = _native.Context(model, device="cpu", n_ctx=N_CTX, n_threads=2, kv_type="f16", precision="f32")
+    if "avx" in context.device or device == "cuda":  # prompts are rounded, and generated tokens are not
+        exact = one_case.context(device, ("f16", "f32"))
         assert not np.array_equal(exact.logits(exact.new_sequence(len(prompt)), prompt), whole)
         generated = context.new_sequence(len(prompt))
         sampler = _native.Sampler(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0, seed=0)
@@ -164,8 +163,8 @@ def test_in_16_bits_pieces_and_company_change_nothing(one_case: Case) -> None:
         assert np.array_equal(together, alone)
 
 
-def test_truncated_sequence_continues_as_a_new_one(one_case: Case) -> None:
-    context = one_case.exact_context()
+def test_truncated_sequence_continues_as_a_new_one(one_case: Case, device: str) -> None:
+    context = one_case.context(device, EXACT)
     prompt, other = one_case.greedy[-1].prompt, one_case.greedy[-2].prompt
     sequence = context.new_sequence(len(prompt) + len(other))
     context.prefill([sequence], [prompt])
@@ -176,14 +175,14 @@ def test_truncated_sequence_continues_as_a_new_one(one_case: Case) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama3-new-spelling", *WINDOWED])
-def test_prompts_longer_than_a_batch(architecture: str, tmp_path: Path) -> None:
+def test_prompts_longer_than_a_batch(architecture: str, device: str, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", ARCHITECTURES[architecture], CONFIGURATIONS["v8-k512-512"])
     convert(source, tmp_path / "model.gguf")
     reference = Reference(source)
     tokens = np.random.default_rng(0).integers(VOCAB_SIZE, size=N_CTX).tolist()
     greedy = [reference.stable_greedy(length) for length in (100, 300)]
     with Runtime(
-        tmp_path / "model.gguf", device="cpu", n_ctx=N_CTX, kv_type="f32", precision="f32"
+        tmp_path / "model.gguf", device=device, n_ctx=N_CTX, kv_type="f32", precision="f32"
     ) as runtime:
         assert mean_kl(reference.logits(tokens), runtime.logits(tokens)) < 1e-6
         batch = runtime.generate([one.prompt for one in greedy], max_tokens=32, temperature=0)

@@ -1,0 +1,106 @@
+"""What only a GPU has: that it is found or not, that a model fits or not, and that steps are recorded."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from gpu import need_gpu
+
+from vptq_runtime import Runtime, _native, demo_path
+from vptq_runtime.errors import OutOfMemoryError, UnsupportedError
+
+GREEDY = dict(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0, seed=0)
+
+
+def context(device: str, **options: int | str) -> _native.Context:
+    return _native.Context(
+        _native.Model(demo_path()),
+        device=device,
+        **{"n_ctx": 256, "n_threads": 1, "kv_type": "f16"} | options,
+    )
+
+
+@pytest.fixture
+def on_gpu() -> Iterator[_native.Context]:
+    need_gpu()
+    yield context("cuda")
+
+
+def greedy(context: _native.Context, n_steps: int) -> list[int]:
+    sequence = context.new_sequence(n_steps + 1)
+    tokens = [1]
+    for _ in range(n_steps):
+        tokens += context.step([sequence], [tokens[-1:]], [_native.Sampler(**GREEDY)])
+    return tokens
+
+
+class TestWithoutAGpu:
+    @pytest.fixture(autouse=True)
+    def no_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("VPTQ_CUDA_LIBRARY", "/nowhere/libvptq_cuda.so")
+
+    def test_cuda_is_refused(self) -> None:
+        with pytest.raises(
+            UnsupportedError, match=r"^device cuda: this build has no CUDA backend: /nowhere/"
+        ):
+            context("cuda")
+
+    def test_auto_says_why_it_is_the_cpu(self) -> None:
+        found = context("auto")
+        assert found.device.startswith("cpu (")
+        assert found.why_not_cuda.startswith("device cuda: this build has no CUDA backend: /nowhere/")
+        with Runtime(demo_path()) as runtime:
+            assert runtime.why_not_cuda == found.why_not_cuda
+
+    def test_the_cpu_that_was_asked_for_needs_no_reason(self) -> None:
+        assert context("cpu").why_not_cuda == ""
+
+    def test_another_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("VPTQ_CUDA_LIBRARY", "libm.so.6")
+        with pytest.raises(UnsupportedError, match=r"^device cuda: libm.so.6 is not this runtime's"):
+            context("cuda")
+
+
+@pytest.mark.gpu
+class TestOnAGpu:
+    def test_auto_is_the_gpu(self, on_gpu: _native.Context) -> None:
+        found = context("auto")
+        assert found.device == on_gpu.device and found.device.startswith("cuda (")
+        assert found.why_not_cuda == ""
+
+    def test_same_tokens_as_on_the_cpu(self, on_gpu: _native.Context) -> None:
+        assert greedy(on_gpu, 32) == greedy(context("cpu"), 32)
+
+    def test_recorded_steps_change_nothing(self, on_gpu: _native.Context) -> None:
+        """A context's first step of one token is run as it is, the second recorded, the others played."""
+        sequences = [on_gpu.new_sequence(200) for _ in range(3)]
+        on_gpu.prefill(sequences, [[1, 5, 9]] * 3)
+        for sequence in sequences:
+            for token in (3, 4):
+                on_gpu.step([sequence], [[token]], [_native.Sampler(**GREEDY)], [False])
+        logits = [on_gpu.logits(sequence, [7]) for sequence in sequences]
+        assert np.array_equal(logits[0], logits[1]) and np.array_equal(logits[0], logits[2])
+
+    def test_memory_of_200_steps(self, on_gpu: _native.Context) -> None:
+        sequence = on_gpu.new_sequence(250)
+        tokens = [1]
+        free = []
+        for _ in range(240):
+            tokens = on_gpu.step([sequence], [tokens], [_native.Sampler(**GREEDY)])
+            free.append(on_gpu.available_memory)
+        assert free[40:] == [free[40]] * 200
+
+    def test_a_cache_that_does_not_fit(self, on_gpu: _native.Context) -> None:
+        expected = r"weights of .* GiB and the KV cache for \d+ tokens .* need .* GiB, .* are available"
+        with pytest.raises(OutOfMemoryError, match=expected):
+            context("cuda", n_ctx=2**31 - 1, kv_type="f32")
+
+    def test_auto_takes_the_cpu_for_what_does_not_fit(
+        self, on_gpu: _native.Context, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if "emulation" not in on_gpu.device:
+            pytest.skip("a GPU's memory cannot be made smaller")
+        monkeypatch.setenv("VPTQ_EMULATED_MEMORY", str(34 << 20))
+        found = context("auto")
+        assert found.device.startswith("cpu (")
+        assert "GiB, 0.00 GiB are available" in found.why_not_cuda
