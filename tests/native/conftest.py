@@ -6,6 +6,11 @@ from gpu import need_gpu
 from vptq_runtime import _native
 
 
+@pytest.fixture(params=_native.cpu_isas())
+def cpu_operations(request: pytest.FixtureRequest) -> _native.Operations:
+    return _native.Operations(request.param, 2)
+
+
 @pytest.fixture(params=[*_native.cpu_isas(), pytest.param("cuda", marks=pytest.mark.gpu)])
 def operations(request: pytest.FixtureRequest) -> _native.Operations:
     if request.param == "cuda":

@@ -40,9 +40,7 @@ class TestWithoutAGpu:
         monkeypatch.setenv("VPTQ_CUDA_LIBRARY", "/nowhere/libvptq_cuda.so")
 
     def test_cuda_is_refused(self) -> None:
-        with pytest.raises(
-            UnsupportedError, match=r"^device cuda: this build has no CUDA backend: /nowhere/"
-        ):
+        with pytest.raises(UnsupportedError, match=r"^device cuda: this build has no CUDA backend: /n"):
             context("cuda")
 
     def test_auto_says_why_it_is_the_cpu(self) -> None:
@@ -95,10 +93,9 @@ class TestOnAGpu:
         with pytest.raises(OutOfMemoryError, match=expected):
             context("cuda", n_ctx=2**31 - 1, kv_type="f32")
 
-    def test_auto_takes_the_cpu_for_what_does_not_fit(
-        self, on_gpu: _native.Context, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        if "emulation" not in on_gpu.device:
+    def test_auto_takes_the_cpu_for_what_does_not_fit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        need_gpu()
+        if "emulation" not in context("cuda").device:
             pytest.skip("a GPU's memory cannot be made smaller")
         monkeypatch.setenv("VPTQ_EMULATED_MEMORY", str(34 << 20))
         found = context("auto")

@@ -1,6 +1,7 @@
 #include "cuda/cuda_backend.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "vptq/error.h"
 
@@ -8,6 +9,26 @@ namespace vptq::cuda {
 namespace {
 
 size_t element_bytes(DType type) { return type == DType::f32 ? 4 : 2; }
+
+float largest(DType type, const std::byte* data, size_t n) {
+  std::vector<float> values(n);
+  to_float(type, data, n, values.data());
+  float out = 0;
+  for (const float value : values) out = std::max(out, std::abs(value));
+  return out;
+}
+
+// Whether vq_many() finds all weights in the range of its f16 products.
+bool fits_f16(const LinearWeights& w) {
+  const auto* vptq = std::get_if<VptqWeights>(&w.weights);
+  if (!vptq) return true;
+  return std::all_of(vptq->columns.begin(), vptq->columns.end(), [](const VqColumns& c) {
+    if (c.type == DType::f16 && c.r == 0) return true;
+    const size_t n = size_t(c.n_groups) * c.v;
+    const float residual = c.r ? largest(c.type, c.res_centroids, n * c.r) : 0;
+    return largest(c.type, c.centroids, n * c.k) + residual < kMostRounded;
+  });
+}
 
 }  // namespace
 
@@ -85,7 +106,7 @@ const float* CudaBackend::vector(const std::vector<float>& values) {
 
 std::unique_ptr<Linear> CudaBackend::linear(const LinearWeights& w, bool rounded) {
   auto out = std::make_unique<CudaLinear>();
-  out->rounded = rounded;
+  out->rounded = rounded && fits_f16(w);
   if (const auto* vptq = std::get_if<VptqWeights>(&w.weights)) {
     out->layer = upload(w, *vptq);
   } else {

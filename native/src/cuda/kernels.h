@@ -96,7 +96,8 @@ void vq_sliced(const SlicedUse* uses, int n_uses, const DeviceSliceJobs& jobs, c
 
 // y = W x + bias for many tokens: f16 tensor-core products with float32 sums. x is rounded to f16 times a power of two
 // of each token. Weights and centroids in f16 are exact, those of other types and sums of two centroids are rounded to
-// f16, where 256 and more are infinite.
+// f16, where kMostRounded and more are infinite.
+inline constexpr float kMostRounded = 256;
 size_t gemm_workspace(int n, int in_features);  // bytes
 void dense_many(const DenseLayer& w, const float* x, int n, float* y, void* workspace, Stream stream);
 void vq_many(const VqLayer& w, const float* x, int n, float* y, void* workspace, Stream stream);
