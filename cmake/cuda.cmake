@@ -11,6 +11,8 @@ set(cuda_host
   ${cuda}/cuda_backend.cpp
   ${cuda}/memory.cpp
   ${cuda}/runtime.cpp
+  ${cuda}/sliced_layers.cpp
+  ${cuda}/slices.cpp
   ${cuda}/slices.cpp
   ${src}/tensor.cpp)
 
@@ -34,6 +36,7 @@ if(CMAKE_CUDA_COMPILER)
     $<$<AND:$<BOOL:${VPTQ_WERROR}>,$<COMPILE_LANGUAGE:CXX>>:-Werror>
     $<$<AND:$<BOOL:${VPTQ_WERROR}>,$<COMPILE_LANGUAGE:CUDA>>:-Werror=all-warnings>)
   target_link_libraries(vptq_cuda PRIVATE CUDA::cudart_static)
+  target_link_options(vptq_cuda PRIVATE -Wl,--no-undefined)
   install(TARGETS vptq_cuda LIBRARY DESTINATION vptq_runtime)
 else()
   message(STATUS "No nvcc: the CUDA backend is left out")

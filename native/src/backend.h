@@ -80,10 +80,11 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
-  virtual std::string description() const = 0;                 // "cpu (avx512, 2 threads)"
-  virtual size_t available_memory() const = 0;                 // bytes that could still be allocated
-  virtual size_t weight_memory(const Model& model) const = 0;  // bytes that its weights will take
-  virtual int max_tokens() const = 0;                          // of a batch
+  virtual std::string description() const = 0;  // "cpu (avx512, 2 threads)"
+  virtual size_t available_memory() const = 0;  // bytes that could still be allocated
+  // Bytes that the model's weights will take, where so many others are to be allocated after them.
+  virtual size_t weight_memory(const Model& model, size_t others) = 0;
+  virtual int max_tokens() const = 0;      // of a batch
   virtual bool rounding_pays() const = 0;  // linear layers are faster in 16-bit numbers than in float32
 
   // Of a device with memory of its own, for those who measure it: its bytes, free or not, and the rate of large copies

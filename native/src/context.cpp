@@ -29,7 +29,7 @@ struct Context::State {
               KvLayout{model->hyperparameters().n_layer, model->hyperparameters().n_head_kv,
                        model->hyperparameters().head_dim, kv_type},
               n_ctx) {
-    const size_t weights = backend->weight_memory(*model);
+    const size_t weights = backend->weight_memory(*model, cache.bytes(n_ctx));
     cache.check_memory(n_ctx, weights);
     const bool rounded = options.precision == "auto" && backend->rounding_pays();
     transformer = std::make_unique<Transformer>(*model, *backend, rounded, options.progress);

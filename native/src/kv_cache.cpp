@@ -18,6 +18,8 @@ std::string gib(double bytes) {
 
 }  // namespace
 
+size_t KvCache::bytes(int64_t n_tokens) const { return size_t(blocks_for(n_tokens)) * layout_.block_bytes(); }
+
 void KvCache::check_memory(int64_t n_tokens, size_t weights) const {
   const double need = double(blocks_for(n_tokens)) * double(layout_.block_bytes()) + double(weights);
   const auto available = double(backend_.available_memory());

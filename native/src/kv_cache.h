@@ -26,6 +26,7 @@ class KvCache {
   void extend(int id, int n);
   const std::vector<std::byte*>& blocks(int id) const;
 
+  size_t bytes(int64_t n_tokens) const;  // that a sequence of so many tokens takes
   // Throws OutOfMemoryError if n_tokens more tokens, and weights of so many bytes, could not be held.
   void check_memory(int64_t n_tokens, size_t weights = 0) const;
 

@@ -176,8 +176,8 @@ Model::Model(const std::string& path) : file_(path), hyperparameters_(read_hyper
 
 std::vector<const LinearWeights*> Model::linear_layers() const {
   std::vector<const LinearWeights*> all;
-  for (const LayerWeights& l : layers_)
-    all.insert(all.end(), {&l.attn_q, &l.attn_k, &l.attn_v, &l.attn_output, &l.ffn_gate, &l.ffn_up, &l.ffn_down});
+  for (const LayerWeights& layer : layers_)
+    for (const LinearWeights* linear : layer.linear_layers()) all.push_back(linear);
   all.push_back(&output_);
   return all;
 }

@@ -11,8 +11,14 @@ def cpu_operations(request: pytest.FixtureRequest) -> _native.Operations:
     return _native.Operations(request.param, 2)
 
 
-@pytest.fixture(params=[*_native.cpu_isas(), pytest.param("cuda", marks=pytest.mark.gpu)])
-def operations(request: pytest.FixtureRequest) -> _native.Operations:
-    if request.param == "cuda":
+GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "cuda-plain")]
+
+
+@pytest.fixture(params=[*_native.cpu_isas(), *GPU])
+def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> _native.Operations:
+    name: str = request.param
+    if name.startswith("cuda"):
         need_gpu()
-    return _native.Operations(request.param, 2)
+        monkeypatch.setenv("VPTQ_CUDA_KERNEL", name.removeprefix("cuda").removeprefix("-"))
+        name = "cuda"
+    return _native.Operations(name, 2)

@@ -1,6 +1,7 @@
 // Hyperparameters and weights by name, their shapes checked against each other once, at load.
 #pragma once
 
+#include <array>
 #include <functional>
 #include <string>
 #include <variant>
@@ -84,6 +85,10 @@ struct LayerWeights {
   Tensor attn_norm, ffn_norm;                         // (n_embd)
   LinearWeights attn_q, attn_k, attn_v, attn_output;  // n_embd -> n_head * head_dim, n_head_kv * head_dim
   LinearWeights ffn_gate, ffn_up, ffn_down;           // n_embd -> n_ff -> n_embd
+
+  std::array<const LinearWeights*, 7> linear_layers() const {
+    return {&attn_q, &attn_k, &attn_v, &attn_output, &ffn_gate, &ffn_up, &ffn_down};
+  }
 };
 
 class Model {

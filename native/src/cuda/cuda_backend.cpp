@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <string_view>
 
 #include "vptq/error.h"
 
@@ -47,6 +49,9 @@ CudaBackend::CudaBackend() {
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
   memory_ = std::make_unique<Memory>(stream_);
   batches_ = std::make_unique<Batches>(*memory_, max_tokens());
+  sliced_layers_ = std::make_unique<SlicedLayers>(*memory_, n_multiprocessors_, properties.sharedMemPerBlockOptin);
+  const char* kernel = std::getenv("VPTQ_CUDA_KERNEL");
+  slices_ = !kernel || std::string_view(kernel) != "plain";
 }
 
 CudaBackend::~CudaBackend() {
@@ -70,10 +75,13 @@ size_t CudaBackend::total_memory() const {
   return total;
 }
 
-size_t CudaBackend::weight_memory(const Model& model) const {
+size_t CudaBackend::weight_memory(const Model& model, size_t others) {
   size_t bytes = 0;
   for (const auto& [name, tensor] : model.file().tensors()) bytes += tensor.bytes;
-  return bytes;
+  if (!slices_) return bytes;
+  const size_t with_slices = bytes + sliced_layers_->bytes(model);
+  slices_ = with_slices + others <= available_memory();
+  return slices_ ? with_slices : bytes;
 }
 
 void CudaBackend::write(std::byte* to, const void* host, size_t bytes) {
@@ -109,6 +117,7 @@ std::unique_ptr<Linear> CudaBackend::linear(const LinearWeights& w, bool rounded
   out->rounded = rounded && fits_f16(w);
   if (const auto* vptq = std::get_if<VptqWeights>(&w.weights)) {
     out->layer = upload(w, *vptq);
+    if (slices_) out->sliced = sliced_layers_->make(w);
   } else {
     const Tensor& weight = std::get<DenseWeights>(w.weights).weight;
     out->layer =
@@ -211,8 +220,10 @@ void CudaBackend::rms_norm(const float* x, int n, int d, const float* weight, fl
 }
 
 void CudaBackend::apply(std::initializer_list<Projection> projections, const float* x, int n, int n_prompt) {
-  VqUse uses[kMaxUses];
-  int n_uses = 0;
+  VqUse plain[kMaxUses];
+  const CudaLinear* sliced[kMaxUses];
+  float* sliced_y[kMaxUses];
+  int n_plain = 0, n_sliced = 0;
   const auto& first = static_cast<const CudaLinear&>(projections.begin()->layer);
   const int many = first.rounded ? n_prompt : 0;  // tokens whose x may be rounded
   const float* rest = x + size_t(many) * first.in_features();
@@ -221,12 +232,30 @@ void CudaBackend::apply(std::initializer_list<Projection> projections, const flo
     if (many) apply_many(linear, x, many, p.y);
     if (many == n) continue;
     float* y = p.y + size_t(many) * linear.out_features();
-    if (const auto* dense = std::get_if<DenseLayer>(&linear.layer))
+    if (const auto* dense = std::get_if<DenseLayer>(&linear.layer)) {
       dense_few(*dense, rest, n - many, y, stream_);
-    else
-      uses[n_uses++] = {std::get<VqLayer>(linear.layer), y};
+    } else if (linear.sliced) {
+      sliced[n_sliced] = &linear;
+      sliced_y[n_sliced++] = y;
+    } else {
+      plain[n_plain++] = {std::get<VqLayer>(linear.layer), y};
+    }
   }
-  if (n_uses) vq_few(uses, n_uses, rest, n - many, stream_);
+  if (n_plain) vq_few(plain, n_plain, rest, n - many, stream_);
+  if (n_sliced) apply_sliced(sliced, sliced_y, n_sliced, rest, n - many);
+}
+
+void CudaBackend::apply_sliced(const CudaLinear* const* layers, float* const* y, int n_layers, const float* x, int n) {
+  SlicedUse uses[kMaxUses];
+  const SlicedLayer* sliced[kMaxUses];
+  for (int i = 0; i < n_layers; ++i) {
+    const SlicedLayer& s = *(sliced[i] = layers[i]->sliced.get());
+    uses[i] = {std::get<VqLayer>(layers[i]->layer), int(s.slices.slices().size()), s.run_begin, s.entries, y[i]};
+  }
+  const DeviceSliceJobs& jobs = sliced_layers_->jobs({sliced, size_t(n_layers)});
+  const size_t floats = sliced_workspace(uses, n_layers, n);
+  auto* workspace = static_cast<float*>(grown(workspace_, floats * sizeof(float), "allocating workspace"));
+  vq_sliced(uses, n_layers, jobs, x, n, workspace, stream_);
 }
 
 void CudaBackend::apply_many(const CudaLinear& linear, const float* x, int n, float* y) {

@@ -12,13 +12,15 @@
 #include "cuda/copy_bandwidth.h"
 #include "cuda/kernels.h"
 #include "cuda/memory.h"
+#include "cuda/sliced_layers.h"
 
 namespace vptq::cuda {
 
 // A linear layer whose weights are on the GPU.
 struct CudaLinear : Linear {
   std::variant<DenseLayer, VqLayer> layer;
-  bool rounded = false;  // prompts go through it in f16
+  bool rounded = false;                 // prompts go through it in f16
+  std::unique_ptr<SlicedLayer> sliced;  // for generated tokens, where there is memory for it
 
   int in_features() const {
     return std::visit([](const auto& l) { return l.in_features; }, layer);
@@ -38,7 +40,7 @@ class CudaBackend : public Backend {
   size_t available_memory() const override;
   size_t total_memory() const override;
   double copy_bandwidth() override { return cuda::copy_bandwidth(stream_, available_memory() / 16); }
-  size_t weight_memory(const Model& model) const override;
+  size_t weight_memory(const Model& model, size_t others) override;
   int max_tokens() const override { return 512; }
   bool rounding_pays() const override { return true; }
   std::byte* allocate(size_t bytes, const std::string& what) override { return memory_->allocate(bytes, what); }
@@ -75,6 +77,7 @@ class CudaBackend : public Backend {
   };
 
   VqLayer upload(const LinearWeights& weights, const VptqWeights& vptq);
+  void apply_sliced(const CudaLinear* const* layers, float* const* y, int n_layers, const float* x, int n);
   void apply_many(const CudaLinear& linear, const float* x, int n, float* y);
   void* grown(Buffer& buffer, size_t bytes, const char* what);
   void play(int n, const std::function<void(float*)>& operations, float* out);
@@ -85,6 +88,8 @@ class CudaBackend : public Backend {
   Stream stream_ = nullptr;
   std::unique_ptr<Memory> memory_;
   std::unique_ptr<Batches> batches_;
+  std::unique_ptr<SlicedLayers> sliced_layers_;
+  bool slices_ = true;  // layers get slices
   Buffer workspace_, logits_;
   std::map<int, Step> steps_;  // by their number of tokens
   int addresses_ = 0;          // of the batches, when they were recorded

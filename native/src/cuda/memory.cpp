@@ -38,10 +38,7 @@ std::byte* Memory::allocate(size_t bytes, const std::string& what) {
   return at;
 }
 
-const std::byte* Memory::upload(const std::byte* data, size_t bytes, const std::string& what) {
-  const auto [known, fresh] = uploaded_.try_emplace({data, bytes}, nullptr);
-  if (!fresh) return known->second;
-  std::byte* to = allocate(bytes, what);
+void Memory::send(std::byte* to, const std::byte* from, size_t bytes) {
   for (size_t at = 0, i = 0; at < bytes; at += kChunk, ++i) {
     Staging& s = staging_[i % 2];
     if (!s.data) {
@@ -50,15 +47,23 @@ const std::byte* Memory::upload(const std::byte* data, size_t bytes, const std::
       s.data = static_cast<std::byte*>(pinned);
       check(cudaEventCreateWithFlags(&s.sent, cudaEventDisableTiming), "creating an event");
     } else {
-      check(cudaEventSynchronize(s.sent), "uploading weights");
+      check(cudaEventSynchronize(s.sent), "sending weights");
     }
     const size_t n = std::min(kChunk, bytes - at);
-    std::memcpy(s.data, data + at, n);
-    check(cudaMemcpyAsync(to + at, s.data, n, cudaMemcpyHostToDevice, stream_), "uploading weights");
-    check(cudaEventRecord(s.sent, stream_), "uploading weights");
+    std::memcpy(s.data, from + at, n);
+    check(cudaMemcpyAsync(to + at, s.data, n, cudaMemcpyHostToDevice, stream_), "sending weights");
+    check(cudaEventRecord(s.sent, stream_), "sending weights");
   }
-  known->second = to;
-  return to;
+}
+
+const std::byte* Memory::upload(const std::byte* data, size_t bytes, const std::string& what) {
+  const auto [known, fresh] = uploaded_.try_emplace({data, bytes}, nullptr);
+  if (fresh) {
+    std::byte* to = allocate(bytes, what);
+    send(to, data, bytes);
+    known->second = to;
+  }
+  return known->second;
 }
 
 }  // namespace vptq::cuda

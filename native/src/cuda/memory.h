@@ -19,8 +19,10 @@ class Memory {
   // Aligned to 256 bytes. Throws OutOfMemoryError, which names `what`.
   std::byte* allocate(size_t bytes, const std::string& what);
 
-  // A copy of a file's bytes; the same one where they have been asked for before. Read in chunks into pinned memory,
-  // while the chunk before is on its way.
+  // Copies bytes of the host's, in chunks through pinned memory, one while the chunk before is on its way. They can be
+  // changed when it returns.
+  void send(std::byte* to, const std::byte* from, size_t bytes);
+  // A copy of a file's bytes; the same one where they have been asked for before.
   const std::byte* upload(const std::byte* data, size_t bytes, const std::string& what);
 
  private:
