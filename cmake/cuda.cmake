@@ -13,7 +13,6 @@ set(cuda_host
   ${cuda}/runtime.cpp
   ${cuda}/sliced_layers.cpp
   ${cuda}/slices.cpp
-  ${cuda}/slices.cpp
   ${src}/tensor.cpp)
 
 if(VPTQ_CUDA)
