@@ -19,7 +19,7 @@ constexpr int kWarps = 4;      // that share positions
 constexpr int kMostTeams = 2;  // of kWarps, each with query heads of its own: what one has read, the other finds in L1
 constexpr int kElements = 16;  // of a row, in a lane
 constexpr int kRows = 2;       // that a lane loads at once
-constexpr int kCombineThreads = 64;
+constexpr int kTeamThreads = kWarps * kWarp, kCombineThreads = 64;
 
 struct Positions {
   int begin, end;
@@ -33,97 +33,84 @@ VPTQ_DEVICE Positions positions_of_split(int first, int position, int split, int
   return {begin > first ? begin : first, end < position + 1 ? end : position + 1};
 }
 
-// A head's sums over some positions: of values, weighted by e^(score - largest), and of these weights.
-// A NaN among the scores does not become the largest, but the total.
-struct Sums {
-  float largest, total;
+// What sums relative to a score have to be multiplied by to be relative to the largest.
+VPTQ_DEVICE float share_of(float score, float largest) { return score == largest ? 1.0f : exp_fast(score - largest); }
 
-  // What the weights so far have to be multiplied by where there is now a larger score.
-  static VPTQ_DEVICE float keep(float before, float largest) {
-    return before == largest ? 1.0f : exp_fast(before - largest);
-  }
-};
-
-// The elements of a row that a lane has, as floats: chunk j begins at element (j * kLanes + lane) * kChunk.
-template <DType type, int kLanes>
-struct RowPart {
+// What is the same for all of a kernel's functions: rows of kWidth >= head_dim elements, kHeads query heads a team.
+template <DType type, int kWidth, int kHeads>
+struct Few {
   using Format = KvFormat<type>;
   static constexpr int kChunk = Format::kChunk, kChunks = kElements / kChunk;
-  typename Format::Chunk chunks[kChunks];
+  static constexpr int kLanes = kWidth / kElements;                                // of a row
+  static constexpr int kWarpRows = kWarp / kLanes;                                 // that a warp loads at once
+  static constexpr int kWarpStep = kWarpRows * kRows, kStep = kWarps * kWarpStep;  // positions
+  static_assert(kBlockTokens % kWarpStep == 0, "a warp's rows are all of one block");
 
-  static VPTQ_DEVICE int element(int chunk, int lane) { return (chunk * kLanes + lane) * kChunk; }
+  using Part = typename Format::Chunk[kChunks];  // a lane's elements of a row
+  using Floats = float[kElements];
 
-  VPTQ_DEVICE void load(const std::byte* head, int head_dim, int token, int lane) {
-#pragma unroll
-    for (int j = 0; j < kChunks; ++j) chunks[j] = Format::load(head, head_dim, token, element(j, lane));
-  }
-  VPTQ_DEVICE void to_floats(float (&x)[kElements]) const {
-#pragma unroll
-    for (int j = 0; j < kChunks; ++j) {
-      float part[kChunk];
-      Format::to_floats(chunks[j], part);
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) x[j * kChunk + i] = part[i];
-    }
-  }
-};
-
-// The sums of a split, over kWidth >= head_dim elements, for up to kHeads query heads a team.
-// Partial sums (n, n_head, n_splits) of (head_dim + 2): largest, total, values.
-template <DType type, int kWidth, int kHeads>
-__global__ void __launch_bounds__(kMostTeams * kWarps * kWarp)
-    attention_few_kernel(AttentionUse use, int n_splits, float* partials) {
-  constexpr int kLanes = kWidth / kElements;                                // of a row
-  constexpr int kWarpRows = kWarp / kLanes;                                 // that a warp loads at once
-  constexpr int kWarpStep = kWarpRows * kRows, kStep = kWarps * kWarpStep;  // positions
-  using Part = RowPart<type, kLanes>;
-  __shared__ Sums warp_sums[kMostTeams][kWarps][kHeads];
-  __shared__ float warp_values[kMostTeams][kWarps][kHeads][kWidth];
-
-  const int lane = threadIdx.x % kLanes, row = threadIdx.x % kWarp / kLanes, warp = threadIdx.x / kWarp % kWarps;
-  const int team = threadIdx.x / (kWarps * kWarp), n_teams = blockDim.x / (kWarps * kWarp);
-  const int token = use.first_token + int(blockIdx.z), split = blockIdx.x, head_dim = use.kv.head_dim;
-  const int kv_head = int(blockIdx.y) % use.kv.n_head_kv, per_kv = use.heads_per_kv();
-  const int first_head = (int(blockIdx.y) / use.kv.n_head_kv * n_teams + team) * kHeads;  // of those of the kv head
-  const int position = use.batch.positions[token], sequence = use.batch.sequences[token];
-  const Positions seen = positions_of_split(use.first_seen(position), position, split, n_splits);
-  if (seen.begin >= seen.end) return;
-
-  const int64_t q_row = int64_t{token} * use.n_head + kv_head * per_kv + first_head;
-  float q[kHeads][kElements], values[kHeads][kElements];
-  Sums sums[kHeads];
-#pragma unroll
-  for (int h = 0; h < kHeads; ++h) {
-    sums[h] = {-kInfinity, 0};
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      const int d = Part::element(i / Part::kChunk, lane) + i % Part::kChunk;
-      q[h][i] = first_head + h < per_kv && d < head_dim ? use.q[(q_row + h) * head_dim + d] * use.scale : 0.0f;
-      values[h][i] = 0;
-    }
-  }
-
-  const auto load = [&](Part(&parts)[kRows], size_t offset, int p) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int at = p + r * kWarpRows + row;
-      parts[r] = {};
-      if (at < seen.end)
-        parts[r].load(block_of(use.batch, sequence, at) + offset + kv_head * use.kv.head_bytes, head_dim,
-                      at % kBlockTokens, lane);
-    }
+  // What a part of a warp has added up so far: e^(score - largest), and the values, weighted by it. A NaN among the
+  // scores does not become the largest, but the total.
+  struct Sums {
+    float largest, total;
+    Floats values;
+  };
+  // The same of a block's warps, in shared memory; before that, q in warp 0's values.
+  struct Shared {
+    float largest[kMostTeams][kWarps][kHeads], total[kMostTeams][kWarps][kHeads];
+    float values[kMostTeams][kWarps][kHeads][kWidth];
   };
 
-  Part key_parts[kRows], value_parts[kRows];
-  int p = seen.begin + warp * kWarpStep;
-  load(key_parts, use.kv.keys, p);
-  for (; p < seen.end; p += kStep) {
-    load(value_parts, use.kv.values, p);
-    float weights[kRows][kHeads];
+  static VPTQ_DEVICE int lane() { return threadIdx.x % kLanes; }
+  static VPTQ_DEVICE int row() { return threadIdx.x % kWarp / kLanes; }
+  static VPTQ_DEVICE int warp() { return threadIdx.x / kWarp % kWarps; }
+  static VPTQ_DEVICE int team() { return threadIdx.x / kTeamThreads; }
+  // The first of a lane's chunk j: a row's lanes load 16 bytes each, side by side.
+  static VPTQ_DEVICE int element(int j) { return (j * kLanes + lane()) * kChunk; }
+
+  static VPTQ_DEVICE void to_floats(const Part& part, Floats& x) {
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      float chunk[kChunk];
+      Format::to_floats(part[j], chunk);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) x[j * kChunk + i] = chunk[i];
+    }
+  }
+
+  // A lane's elements of each head's q, scaled; 0 for n_heads and more. q (n_heads, head_dim)
+  static VPTQ_DEVICE void load_q(const float* q, int n_heads, int head_dim, float scale, Shared& shared,
+                                 Floats (&out)[kHeads]) {
+    float (&staged)[kHeads][kWidth] = shared.values[team()][0];
+#pragma unroll
+    for (int i = 0; i < kHeads * kWidth; i += kTeamThreads) {
+      const int at = i + threadIdx.x % kTeamThreads, h = at / kWidth, d = at % kWidth;
+      if (h < kHeads) staged[h][d] = h < n_heads && d < head_dim ? q[int64_t{h} * head_dim + d] * scale : 0.0f;
+    }
+    sync_block();
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h)
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) out[h][i] = staged[h][element(i / kChunk) + i % kChunk];
+    sync_block();
+  }
+
+  // The rows of a warp's positions from p on, all of one block. In place of a row that is not seen, one that is.
+  static VPTQ_DEVICE void load(const std::byte* head, int head_dim, Positions seen, int p, Part (&parts)[kRows]) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      float key[kElements];
-      key_parts[r].to_floats(key);
+      const int position = p + r * kWarpRows + row(), from = position > seen.begin ? position : seen.begin;
+      const int token = (from < seen.end ? from : seen.end - 1) % kBlockTokens;
+#pragma unroll
+      for (int j = 0; j < kChunks; ++j) parts[r][j] = Format::load(head, head_dim, token, element(j));
+    }
+  }
+
+  static VPTQ_DEVICE void scores(const Floats (&q)[kHeads], const Part (&keys)[kRows], float (&out)[kRows][kHeads]) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      Floats key;
+      to_floats(keys[r], key);
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
         float score = 0;
@@ -131,79 +118,144 @@ __global__ void __launch_bounds__(kMostTeams * kWarps * kWarp)
         for (int i = 0; i < kElements; ++i) score = fmaf(q[h][i], key[i], score);
 #pragma unroll
         for (int mask = kLanes / 2; mask > 0; mask /= 2) score += shuffle_xor(score, mask);
-        weights[r][h] = score;
+        out[r][h] = score;
       }
     }
-    load(key_parts, use.kv.keys, p + kStep);
+  }
+
+  // Makes weights of the scores of positions p on.
+  static VPTQ_DEVICE void softmax(Positions seen, int p, float (&scores)[kRows][kHeads], Sums (&sums)[kHeads]) {
+    bool visible[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int position = p + r * kWarpRows + row();
+      visible[r] = position >= seen.begin && position < seen.end;
+    }
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
       float largest = sums[h].largest;
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
-        if (p + r * kWarpRows + row < seen.end) largest = fmaxf(largest, weights[r][h]);
+        if (visible[r]) largest = fmaxf(largest, scores[r][h]);
       if (largest != sums[h].largest) {
-        const float keep = Sums::keep(sums[h].largest, largest);
-        sums[h] = {largest, sums[h].total * keep};
+        const float keep = exp_fast(sums[h].largest - largest);
+        sums[h].largest = largest;
+        sums[h].total *= keep;
 #pragma unroll
-        for (int i = 0; i < kElements; ++i) values[h][i] *= keep;
+        for (int i = 0; i < kElements; ++i) sums[h].values[i] *= keep;
       }
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        weights[r][h] = p + r * kWarpRows + row < seen.end ? exp_fast(weights[r][h] - largest) : 0.0f;
-        sums[h].total += weights[r][h];
+        scores[r][h] = visible[r] ? exp_fast(scores[r][h] - largest) : 0.0f;
+        sums[h].total += scores[r][h];
       }
     }
+  }
+
+  static VPTQ_DEVICE void add_values(const float (&weights)[kRows][kHeads], const Part (&values)[kRows],
+                                     Sums (&sums)[kHeads]) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      float value[kElements];
-      value_parts[r].to_floats(value);
+      Floats value;
+      to_floats(values[r], value);
 #pragma unroll
       for (int h = 0; h < kHeads; ++h)
 #pragma unroll
-        for (int i = 0; i < kElements; ++i) values[h][i] = fmaf(weights[r][h], value[i], values[h][i]);
+        for (int i = 0; i < kElements; ++i) sums[h].values[i] = fmaf(weights[r][h], value[i], sums[h].values[i]);
     }
   }
 
+  // Adds up the parts of a warp.
+  static VPTQ_DEVICE void share(Sums (&sums)[kHeads], Shared& shared) {
 #pragma unroll
-  for (int h = 0; h < kHeads; ++h) {
+    for (int h = 0; h < kHeads; ++h) {
+      Sums& s = sums[h];
 #pragma unroll
-    for (int mask = kLanes; mask < kWarp; mask *= 2) {
-      const float other = shuffle_xor(sums[h].largest, mask), largest = fmaxf(sums[h].largest, other);
-      const float keep = Sums::keep(sums[h].largest, largest), share = Sums::keep(other, largest);
-      sums[h] = {largest, sums[h].total * keep + shuffle_xor(sums[h].total, mask) * share};
+      for (int mask = kLanes; mask < kWarp; mask *= 2) {
+        const float other = shuffle_xor(s.largest, mask), largest = fmaxf(s.largest, other);
+        const float keep = share_of(s.largest, largest), add = share_of(other, largest);
+        s.largest = largest;
+        s.total = s.total * keep + shuffle_xor(s.total, mask) * add;
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) values[h][i] = values[h][i] * keep + shuffle_xor(values[h][i], mask) * share;
-    }
-    if (row == 0) {
-      if (lane == 0) warp_sums[team][warp][h] = sums[h];
+        for (int i = 0; i < kElements; ++i) s.values[i] = s.values[i] * keep + shuffle_xor(s.values[i], mask) * add;
+      }
+      if (row() > 0) continue;
+      shared.largest[team()][warp()][h] = s.largest;
+      shared.total[team()][warp()][h] = s.total;
 #pragma unroll
       for (int i = 0; i < kElements; ++i)
-        warp_values[team][warp][h][Part::element(i / Part::kChunk, lane) + i % Part::kChunk] = values[h][i];
+        shared.values[team()][warp()][h][element(i / kChunk) + i % kChunk] = s.values[i];
     }
   }
-  sync_block();
 
-  for (int h = 0; h < kHeads && first_head + h < per_kv; ++h) {
+  // Adds up a head's sums of a team's warps. to: largest, total, values
+  static VPTQ_DEVICE void write(const Shared& shared, int h, int head_dim, float* to) {
+    const int thread = threadIdx.x % kTeamThreads;
     float largest = -kInfinity, total = 0, shares[kWarps];
-    for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, warp_sums[team][w][h].largest);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, shared.largest[team()][w][h]);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      shares[w] = Sums::keep(warp_sums[team][w][h].largest, largest);
-      total += warp_sums[team][w][h].total * shares[w];
+      shares[w] = share_of(shared.largest[team()][w][h], largest);
+      total += shared.total[team()][w][h] * shares[w];
     }
-    const int64_t out_row = int64_t{blockIdx.z} * use.n_head + kv_head * per_kv + first_head + h;
-    float* partial = partials + (out_row * n_splits + split) * (head_dim + 2);
-    const int thread = threadIdx.x % (kWarps * kWarp);
     if (thread == 0) {
-      partial[0] = largest;
-      partial[1] = total;
+      to[0] = largest;
+      to[1] = total;
     }
-    for (int d = thread; d < head_dim; d += kWarps * kWarp) {
+    for (int d = thread; d < head_dim; d += kTeamThreads) {
       float sum = 0;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum = fmaf(warp_values[team][w][h][d], shares[w], sum);
-      partial[2 + d] = sum;
+      for (int w = 0; w < kWarps; ++w) sum = fmaf(shared.values[team()][w][h][d], shares[w], sum);
+      to[2 + d] = sum;
     }
+  }
+};
+
+// The sums of a split: partials (n, n_head, n_splits) of (head_dim + 2): largest, total, values.
+template <DType type, int kWidth, int kHeads>
+__global__ void __launch_bounds__(kMostTeams* kTeamThreads)
+    attention_few_kernel(AttentionUse use, int n_splits, float* partials) {
+  using F = Few<type, kWidth, kHeads>;
+  __shared__ typename F::Shared shared;
+  const int token = use.first_token + int(blockIdx.z), split = blockIdx.x, head_dim = use.kv.head_dim;
+  const int kv_head = int(blockIdx.y) % use.kv.n_head_kv, per_kv = use.heads_per_kv();
+  const int n_teams = blockDim.x / kTeamThreads;
+  const int first_head = (int(blockIdx.y) / use.kv.n_head_kv * n_teams + F::team()) * kHeads;  // of the kv head's
+  const int position = use.batch.positions[token];
+  const Positions seen = positions_of_split(use.first_seen(position), position, split, n_splits);
+  if (seen.begin >= seen.end) return;
+
+  std::byte* const* blocks = use.batch.blocks + use.batch.first_block[use.batch.sequences[token]];
+  const size_t keys = use.kv.keys + kv_head * use.kv.head_bytes, values = use.kv.values + kv_head * use.kv.head_bytes;
+  const auto block_at = [&](int p) { return blocks[(p < seen.end ? p : seen.end - 1) / kBlockTokens]; };
+  int p = seen.begin / kBlockTokens * kBlockTokens + F::warp() * F::kWarpStep;
+  const std::byte* block = block_at(p);
+  typename F::Part key_parts[kRows], value_parts[kRows];
+  F::load(block + keys, head_dim, seen, p, key_parts);
+
+  const int head = kv_head * per_kv + first_head;
+  typename F::Floats q[kHeads];
+  F::load_q(use.q + (int64_t{token} * use.n_head + head) * head_dim, per_kv - first_head, head_dim, use.scale, shared,
+            q);
+  typename F::Sums sums[kHeads];
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) sums[h] = {-kInfinity, 0, {}};
+  for (; p < seen.end; p += F::kStep) {  // a step's keys are loaded during the one before it, its values during its own
+    const std::byte* next = block_at(p + F::kStep);
+    F::load(block + values, head_dim, seen, p, value_parts);
+    float weights[kRows][kHeads];
+    F::scores(q, key_parts, weights);
+    F::load(next + keys, head_dim, seen, p + F::kStep, key_parts);
+    F::softmax(seen, p, weights, sums);
+    F::add_values(weights, value_parts, sums);
+    block = next;
+  }
+  F::share(sums, shared);
+  sync_block();
+  for (int h = 0; h < kHeads && first_head + h < per_kv; ++h) {
+    const int64_t row = int64_t{blockIdx.z} * use.n_head + head + h;
+    F::write(shared, h, head_dim, partials + (row * n_splits + split) * (head_dim + 2));
   }
 }
 
@@ -222,7 +274,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   float largest = -kInfinity, total = 0;
 #pragma unroll 8
   for (int s = 0; s < n; ++s) largest = fmaxf(largest, partials[s * size]);
-  for (int s = threadIdx.x; s < n; s += kCombineThreads) shares[s] = Sums::keep(partials[s * size], largest);
+  for (int s = threadIdx.x; s < n; s += kCombineThreads) shares[s] = share_of(partials[s * size], largest);
   sync_block();
 #pragma unroll 8
   for (int s = 0; s < n; ++s) total += partials[s * size + 1] * shares[s];
@@ -238,7 +290,7 @@ template <DType type, int kWidth, int kHeads>
 void attention_few_as(const AttentionUse& use, int n, int n_splits, float* workspace, Stream stream) {
   const int n_parts = (use.n_head / use.kv.n_head_kv + kHeads - 1) / kHeads, n_teams = n_parts > 1 ? kMostTeams : 1;
   const Shape shape{dim3(n_splits, (n_parts + n_teams - 1) / n_teams * use.kv.n_head_kv, n),
-                    dim3(n_teams * kWarps * kWarp)};
+                    dim3(n_teams * kTeamThreads)};
   launch(attention_few_kernel<type, kWidth, kHeads>, shape, stream, use, n_splits, workspace);
 }
 
