@@ -310,7 +310,6 @@ const std::byte* exchange(const char* operation, const void* own, size_t bytes, 
     fail((std::string("a lane in ") + operation + " while others of its warp wait in " + warp.operation).c_str());
   }
   auto& deposits = warp.deposits[self.exchanges++ % 2];
-  note_read(own, bytes);
   // Not by memcpy(), which would be noted as a write.
   for (size_t i = 0; i < bytes; ++i) {
     *static_cast<volatile std::byte*>(&deposits[lane()][i]) = static_cast<const std::byte*>(own)[i];
@@ -342,7 +341,7 @@ void copy_async(void* to, const void* from) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) {
     fail("copy_async of what is not aligned to 16 bytes");
   }
-  note_write(to, 16);
+  note_write(to, 16, __builtin_return_address(0));
   std::memset(to, 0xff, 16);
   m.current->copies.push_back({to, from});
 }
@@ -356,8 +355,8 @@ void wait_copies(size_t but) {
   const size_t n_copies = self.group_ends[static_cast<size_t>(n_groups - 1)];
   for (size_t i = 0; i < n_copies; ++i) {
     const auto [to, from] = self.copies[i];
-    note_read(from, 16);
-    note_write(to, 16);
+    note_read(from, 16, __builtin_return_address(0));
+    note_write(to, 16, __builtin_return_address(0));
     std::memcpy(to, from, 16);
   }
   self.copies.erase(self.copies.begin(), self.copies.begin() + static_cast<ptrdiff_t>(n_copies));

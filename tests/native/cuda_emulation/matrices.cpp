@@ -4,6 +4,7 @@
 
 #include "block.h"
 #include "half.h"
+#include "sanitizers.h"
 
 namespace vptq::cuda::emulation {
 
@@ -40,9 +41,11 @@ void multiply(std::byte* deposits) {
   }
 }
 
-const uint16_t* checked_row(const uint16_t* row) {
-  if (reinterpret_cast<uintptr_t>(row) % 16) fail("load_matrices of a row that is not aligned to 16 bytes");
-  return row;
+constexpr size_t kRowBytes = 16;
+
+void check_row(const uint16_t* row, void* code) {
+  if (reinterpret_cast<uintptr_t>(row) % kRowBytes) fail("load_matrices of a row that is not aligned to 16 bytes");
+  note_read(row, kRowBytes, code);
 }
 
 }  // namespace
@@ -57,7 +60,8 @@ void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 }
 
 void load_matrices(uint32_t (&r)[4], const uint16_t* row) {
-  const std::byte* all = exchange("load_matrices", checked_row(row), 16);
+  check_row(row, __builtin_return_address(0));
+  const std::byte* all = exchange("load_matrices", row, kRowBytes);
   for (int i = 0; i < 4; ++i) {
     const int from = i * 8 + lane() / kLanesPerRow;
     std::memcpy(&r[i], all + static_cast<size_t>(from) * kDepositBytes + lane() % kLanesPerRow * 4, 4);
@@ -65,7 +69,8 @@ void load_matrices(uint32_t (&r)[4], const uint16_t* row) {
 }
 
 void load_matrices_transposed(uint32_t (&r)[4], const uint16_t* row) {
-  const std::byte* all = exchange("load_matrices_transposed", checked_row(row), 16);
+  check_row(row, __builtin_return_address(0));
+  const std::byte* all = exchange("load_matrices_transposed", row, kRowBytes);
   for (int i = 0; i < 4; ++i) {
     uint16_t pair[2];
     for (int j = 0; j < 2; ++j) {

@@ -28,8 +28,8 @@ extern "C" {
 [[gnu::weak]] void __tsan_set_fiber_name(void* fiber, const char* name);
 [[gnu::weak]] void __tsan_acquire(void* address);
 [[gnu::weak]] void __tsan_release(void* address);
-[[gnu::weak]] void __tsan_read_range(void* address, unsigned long bytes);
-[[gnu::weak]] void __tsan_write_range(void* address, unsigned long bytes);
+[[gnu::weak]] void __tsan_read_range_pc(void* address, unsigned long bytes, void* code);
+[[gnu::weak]] void __tsan_write_range_pc(void* address, unsigned long bytes, void* code);
 }
 
 namespace vptq::cuda::emulation {
@@ -44,12 +44,12 @@ inline void acquire(void* address) {
   if (races_are_sought()) __tsan_acquire(address);
 }
 
-// Accesses that the emulation makes in a thread's name.
-inline void note_read(const void* address, size_t bytes) {
-  if (races_are_sought()) __tsan_read_range(const_cast<void*>(address), bytes);
+// Accesses that the emulation makes in a thread's name, for `code` of the kernel.
+inline void note_read(const void* address, size_t bytes, void* code) {
+  if (races_are_sought()) __tsan_read_range_pc(const_cast<void*>(address), bytes, code);
 }
-inline void note_write(void* address, size_t bytes) {
-  if (races_are_sought()) __tsan_write_range(address, bytes);
+inline void note_write(void* address, size_t bytes, void* code) {
+  if (races_are_sought()) __tsan_write_range_pc(address, bytes, code);
 }
 
 }  // namespace vptq::cuda::emulation

@@ -285,7 +285,8 @@ void test_race(const float4* x, float4* out) {
   if (kRace == kNone) {
     run();
   } else {
-    EXPECT(contains(death(run), "data race"));
+    const std::string said = death(run);
+    EXPECT(contains(said, "data race") && contains(said, "#0 hand_on"));
   }
 }
 
