@@ -269,7 +269,7 @@ namespace {
 // Estimates in nanoseconds, of a block of threads that has a multiprocessor to itself: what a chunk reads of shared
 // memory takes it some 32 cycles; before it is a wait for x and for the slice, out of L2 40 bytes a nanosecond.
 constexpr int64_t kChunkTime = 18;
-constexpr int64_t kWaitTime = 1000;
+constexpr int64_t kWaitTime = 2000;
 constexpr int64_t kL2Rate = 40;
 
 // The jobs of blocks of threads that take no longer than `time`, unless a single run does. Nothing, where that is more

@@ -54,8 +54,32 @@ VPTQ_DEVICE void load_centroid(DType type, const std::byte* codebook, size_t fir
   }
 }
 
-// The input feature that stands in column c.
-VPTQ_DEVICE int input_of_column(const VqLayer& w, int c) { return w.perm ? w.perm[c] : c; }
+// The columns [first, first + count) of the activations of up to kTokens tokens, x (n, in_features), shared out to the
+// block's threads: store(j, i, scale, xs) for column first + j, which is input feature i. Of the tokens past n, xs is
+// 0. A feature's number is waited for before its x is: so a thread asks for a few at a time.
+template <int kTokens, class Store>
+VPTQ_DEVICE void load_columns(const VqLayer& w, int first, int count, const float* x, int n, Store store) {
+  constexpr int kAtOnce = kTokens > 2 ? 2 : 4;
+  const int n_threads = static_cast<int>(blockDim.x);
+  for (int begin = static_cast<int>(threadIdx.x); begin < count; begin += kAtOnce * n_threads) {
+    int input[kAtOnce];
+    float scale[kAtOnce], xs[kAtOnce][kTokens];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int j = begin + u * n_threads;
+      input[u] = j < count ? (w.perm ? w.perm[first + j] : first + j) : 0;
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      scale[u] = w.scale ? w.scale[input[u]] : 1.0f;
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) xs[u][t] = t < n ? x[static_cast<int64_t>(t) * w.in_features + input[u]] : 0.0f;
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u)
+      if (begin + u * n_threads < count) store(begin + u * n_threads, input[u], scale[u], xs[u]);
+  }
+}
 
 // Offsets are what the shifts add to every output of a token: sum_i x_i shift_i, or with norms per output sum_i x_i,
 // which out_shift multiplies. All products are fused by name: a compiler's choice could differ between two kernels.

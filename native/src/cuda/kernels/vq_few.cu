@@ -63,15 +63,13 @@ __global__ void __launch_bounds__(kThreads) vq_few_kernel(Uses uses, const float
   for (int begin = 0; begin < w.in_features; begin += kColumns) {
     const int end = begin + kColumns < w.in_features ? begin + kColumns : w.in_features;
     sync_block();
-    for (int c = begin + thread; c < end; c += kThreads) {
-      const int i = input_of_column(w, c);
-      const float scale = w.scale ? w.scale[i] : 1.0f;
+    load_columns<kTokens>(w, begin, end - begin, x, n, [&](int j, int i, float scale, const float (&xs)[kTokens]) {
+#pragma unroll
       for (int t = 0; t < kTokens; ++t) {
-        const float xt = t < n ? x[static_cast<int64_t>(t) * w.in_features + i] : 0.0f;
-        staged[t * kColumns + c - begin] = xt * scale;
-        if (has_offset(w)) offsets[t] = add_to_offset(w, i, xt, offsets[t]);
+        staged[t * kColumns + j] = xs[t] * scale;
+        if (has_offset(w)) offsets[t] = add_to_offset(w, i, xs[t], offsets[t]);
       }
-    }
+    });
     sync_block();
     for (int part = 0; part < w.n_columns; ++part) {
       const VqColumns& c = w.columns[part];

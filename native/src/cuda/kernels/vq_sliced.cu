@@ -66,17 +66,15 @@ VPTQ_DEVICE void load_slice(const VqColumns& c, const Slice& slice, const Shared
   }
 }
 
-// x permuted and scaled, (n_columns + 1, kTokens).
+// x permuted and scaled, (n_columns + 1, kTokens), the last ones 0.
 template <int kTokens>
 VPTQ_DEVICE void load_x(const VqLayer& w, const Slice& slice, const float* x, int n, float* shared) {
-  for (int j = static_cast<int>(threadIdx.x); j <= slice.n_columns; j += static_cast<int>(blockDim.x)) {
-    const bool is_column = j < slice.n_columns;
-    const int i = is_column ? input_of_column(w, slice.first_column + j) : 0;
-    const float scale = w.scale ? w.scale[i] : 1.0f;
+  load_columns<kTokens>(w, slice.first_column, slice.n_columns, x, n,
+                        [&](int j, int, float scale, const float (&xs)[kTokens]) {
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t)
-      shared[j * kTokens + t] = is_column && t < n ? x[static_cast<int64_t>(t) * w.in_features + i] * scale : 0.0f;
-  }
+                          for (int t = 0; t < kTokens; ++t) shared[j * kTokens + t] = xs[t] * scale;
+                        });
+  if (threadIdx.x < kTokens) shared[slice.n_columns * kTokens + threadIdx.x] = 0;
 }
 
 template <int kTokens>
