@@ -17,6 +17,7 @@ constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kLargestHalf = 65504;
 
 constexpr int kTokens = 64, kWarpTokens = 16, kThreads = kTokens / kWarpTokens * kWarp;
+static_assert(kTokens <= kThreads);
 
 // A matrix (rows, kWidth) of f16 in shared memory. Pieces of 16 bytes change places within a row, so that the same
 // columns of 8 rows, as load_matrices() wants them, lie in different banks.
@@ -89,16 +90,17 @@ template <int kWidth>
 VPTQ_DEVICE void load_q(const AttentionUse& use, int first_token, int n, int head, Halves<kWidth> high,
                         Halves<kWidth> low) {
   const int head_dim = use.kv.head_dim;
-  for (int i = threadIdx.x; i < kTokens * kWidth / 2; i += kThreads) {
-    const int row = i / (kWidth / 2), d = i % (kWidth / 2) * 2;
-    float2 x = make_float2(0, 0);
-    if (row < n && d < head_dim)
-      x = *reinterpret_cast<const float2*>(use.q + (int64_t{first_token + row} * use.n_head + head) * head_dim + d);
-    x = make_float2(x.x * use.scale, x.y * use.scale);
-    const uint32_t pair = floats_to_halves(x.x, x.y);
-    const float2 rounded = halves_to_floats(pair);
-    *reinterpret_cast<uint32_t*>(high.at(row, d)) = pair;
-    *reinterpret_cast<uint32_t*>(low.at(row, d)) = floats_to_halves(x.x - rounded.x, x.y - rounded.y);
+#pragma unroll 4
+  for (int i = threadIdx.x; i < kTokens * kWidth / 4; i += kThreads) {
+    const int row = i / (kWidth / 4), d = i % (kWidth / 4) * 4;
+    const float* from = use.q + (int64_t{first_token + row} * use.n_head + head) * head_dim + d;
+    const float4 x = row < n && d < head_dim ? *reinterpret_cast<const float4*>(from) : make_float4(0, 0, 0, 0);
+    const float2 a = make_float2(x.x * use.scale, x.y * use.scale), b = make_float2(x.z * use.scale, x.w * use.scale);
+    const uint2 rounded = make_uint2(floats_to_halves(a.x, a.y), floats_to_halves(b.x, b.y));
+    const float2 c = halves_to_floats(rounded.x), e = halves_to_floats(rounded.y);
+    *reinterpret_cast<uint2*>(high.at(row, d)) = rounded;
+    *reinterpret_cast<uint2*>(low.at(row, d)) =
+        make_uint2(floats_to_halves(a.x - c.x, a.y - c.y), floats_to_halves(b.x - e.x, b.y - e.y));
   }
 }
 
@@ -259,7 +261,7 @@ __global__ void __launch_bounds__(kThreads) attention_many_kernel(AttentionUse u
       values{keys.first + kKeys * kWidth};
   const int tile = int(gridDim.x - 1 - blockIdx.x), first_token = tile * kTokens, head = blockIdx.y;
   const int n = n_tokens - first_token < kTokens ? n_tokens - first_token : kTokens;
-  for (int i = threadIdx.x; i < n; i += kThreads) {
+  if (const int i = threadIdx.x; i < n) {
     positions[i] = use.batch.positions[first_token + i];
     sequences[i] = use.batch.sequences[first_token + i];
   }
@@ -281,12 +283,13 @@ __global__ void __launch_bounds__(kThreads) attention_many_kernel(AttentionUse u
     sums.total[r] += shuffle_xor(sums.total[r], 2);
     const int row = int(threadIdx.x) / kWarp * kWarpTokens + lane / 4 + r * 8;
     if (row >= n) continue;
+    const float share = 1 / sums.total[r];
     float* out = use.out + (int64_t{first_token + row} * use.n_head + head) * use.kv.head_dim;
 #pragma unroll
     for (int i = 0; i < kWidth / 8; ++i)
       if (i * 8 < use.kv.head_dim)
         *reinterpret_cast<float2*>(out + i * 8 + lane % 4 * 2) =
-            make_float2(sums.values[i][2 * r] / sums.total[r], sums.values[i][2 * r + 1] / sums.total[r]);
+            make_float2(sums.values[i][2 * r] * share, sums.values[i][2 * r + 1] * share);
   }
 }
 
