@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,20 +46,26 @@ def machine(plan: Plan, out: Path, allowed: float, report: dict[str, Any]) -> Fo
     for row in rows:
         print(f"{row.what}: {row.found}", flush=True)
     try:
-        for name in dict.fromkeys(model.name for model in plan.models):
-            sizes = list(plan.shape(name).linears.values())
-            for n_tokens in plan.prompts:
-                rate = in_child(end - time.monotonic(), matrix_seconds, sizes, n_tokens)
-                found.setdefault("matrices", {}).setdefault(name, {})[str(n_tokens)] = rate
-                weights = sum(rows * columns for rows, columns in sizes)
-                for dtype, seconds in rate["seconds"].items():
-                    figure = f"{2 * n_tokens * weights / sum(seconds) / 1e12:.0f} TFLOP/s ({rate['library']})"
-                    rows.append(Row("machine", f"{dtype} matrices of {name}, {n_tokens} tokens", figure))
-                    print(f"{rows[-1].what}: {figure}", flush=True)
+        found["matrices"] = in_child(end - time.monotonic(), _matrices, plan)
     except ChildError as error:
         rows.append(Row("machine", "matrix products", f"left out: {error}"))
         print(f"matrix products: {rows[-1].found}", flush=True)
+        return found, rows
+    for name, by_tokens in found["matrices"].items():
+        weights = sum(map(prod, plan.shape(name).linears.values()))
+        for n_tokens, rate in by_tokens.items():
+            for dtype, seconds in rate["seconds"].items():
+                tflop_s = 2 * int(n_tokens) * weights / sum(seconds) / 1e12
+                what = f"{dtype} matrices of {name}, {n_tokens} tokens"
+                rows.append(Row("machine", what, f"{tflop_s:.0f} TFLOP/s ({rate['library']})"))
+                print(f"{what}: {rows[-1].found}", flush=True)
     return found, rows
+
+
+def _matrices(plan: Plan) -> dict[str, Any]:
+    """Of each shape and length of prompt: what the GPU's library takes for a layer's matrices."""
+    sizes = {model.name: list(plan.shape(model.name).linears.values()) for model in plan.models}
+    return {name: {str(n): matrix_seconds(each, n) for n in plan.prompts} for name, each in sizes.items()}
 
 
 def _gpu() -> dict[str, Any]:
@@ -144,10 +151,10 @@ def _bench_rows(model: Model, shape: Shape, measured: dict[str, Any], matrices: 
 
 def _prompt_row(what: str, speed: str, result: dict[str, Any], shape: Shape, matrices: dict[str, Any]) -> Row:
     """share: of the speed that the GPU's own library has in the same products, at its best type."""
-    weights = {name: rows * columns for name, (rows, columns) in shape.linears.items()}
+    weights = sum(map(prod, shape.linears.values()))
     part = shape.share(LAST_FOR_ALL)  # of the last layer, what a prompt runs
     n_layer = shape.n_layer - 1 + part
-    rate = 2 * n_layer * sum(weights.values()) * result["tok_s"]
+    rate = 2 * n_layer * weights * result["tok_s"]
     found = f"{speed}, {rate / 1e12:.1f} TFLOP/s"
     library = matrices.get(str(result["n_tokens"]))
     if library is None:
