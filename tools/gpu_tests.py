@@ -15,6 +15,7 @@ from gpu_child import run_logged
 from gpu_plans import KERNEL_AT_LEAST, Plan
 from gpu_report import Row
 
+PROMPT = "def add(a, b): return a + b"  # a prompt's tokens go through kernels of their own
 ROOT = Path(__file__).resolve().parents[1]
 Found = tuple[dict[str, Any], list[Row]]
 
@@ -52,22 +53,10 @@ def sanitizer(plan: Plan, out: Path, allowed: float, report: dict[str, Any]) -> 
     if program is None:
         print("left out: compute-sanitizer is not on the PATH", flush=True)
         return {}, [Row("sanitizer", "", "left out: compute-sanitizer is not on the PATH")]
-    demo = [
-        sys.executable,
-        "-m",
-        "vptq_runtime.cli",
-        "--device",
-        "cuda",
-        "-p",
-        "def ",
-        "-n",
-        "4",
-        "--temp",
-        "0",
-    ]
-    checked = {
-        "the demo model": demo,
-        "tests": pytest_command("-k", plan.sanitized, str(ROOT / "tests" / "native")),
+    demo = [sys.executable, "-m", "vptq_runtime", "--device", "cuda", "--temp", "0", "-n", "4", "-p", PROMPT]
+    checked = {  # and what shows that something ran
+        "the demo model": (demo, "generated 4 tokens"),
+        "tests": (pytest_command("-k", plan.sanitized, str(ROOT / "tests" / "native")), " passed"),
     }
     runs = [(tool, name) for name in checked for tool in ("memcheck", "racecheck")]
     end = time.monotonic() + allowed
@@ -75,14 +64,15 @@ def sanitizer(plan: Plan, out: Path, allowed: float, report: dict[str, Any]) -> 
     rows = []
     for i, (tool, name) in enumerate(runs):
         share = (end - time.monotonic()) / (len(runs) - i)
-        command = [program, "--tool", tool, "--target-processes", "all", *checked[name]]
+        command = [program, "--tool", tool, "--target-processes", "all", *checked[name][0]]
         log = out / f"{tool}-{name.split()[-1]}.log"
         status, text = run_logged(command, log, share)
         counts = [int(n) for n in re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)]
-        said = f"{sum(counts)} errors" if counts else "no summary"
+        ran = checked[name][1] in text
+        said = f"{sum(counts)} errors" if counts and ran else "nothing ran"
         if status is None:
             said = f"not done after {share:.0f} s"
-        failed = status != 0 or not counts or any(counts)
+        failed = status != 0 or not ran or not counts or any(counts)
         if failed:
             found["failure"] = f"{tool} of {name}: {said}, status {status}; see {log.name}"
         found["runs"].append({"tool": tool, "of": name, "status": status, "errors": counts})

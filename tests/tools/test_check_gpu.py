@@ -174,7 +174,8 @@ def test_outcomes_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(("errors", "failed"), [(0, False), (3, True)])
 def test_sanitizer(errors: int, failed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = tmp_path / "compute-sanitizer"
-    fake.write_text(f'#!/bin/sh\necho "$@"\necho "========= ERROR SUMMARY: {errors} errors"\n')
+    printed = f"generated 4 tokens\\n3 passed\\n========= ERROR SUMMARY: {errors} errors"
+    fake.write_text(f'#!/bin/sh\necho "$@"\nprintf "{printed}\\n"\n')
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     found, rows = gpu_tests.sanitizer(TINY, tmp_path, 20, {})
@@ -185,6 +186,9 @@ def test_sanitizer(errors: int, failed: bool, tmp_path: Path, monkeypatch: pytes
     ] * 2
     assert all(row.failed == failed for row in rows)
     assert "--tool racecheck" in (tmp_path / "racecheck-tests.log").read_text()
+    fake.write_text('#!/bin/sh\necho "========= ERROR SUMMARY: 0 errors"\n')  # but nothing ran
+    found, rows = gpu_tests.sanitizer(TINY, tmp_path, 20, {})
+    assert [row.found for row in rows] == ["nothing ran"] * 4 and "failure" in found
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     found, rows = gpu_tests.sanitizer(TINY, tmp_path, 20, {})
     assert found == {} and "left out" in rows[0].found
