@@ -6,7 +6,7 @@
 machine    the GPU, its driver, its memory's copy bandwidth, its library's rate of matrix products
 tests      pytest -m gpu
 bench      vptq-bench --device cuda on synthetic models: decoding and prompts beside what is aimed at
-kernels    one linear layer by itself, of many that take turns, so that no cache holds them
+kernels    one linear layer by itself, of many that no cache holds together; also by the plain kernel
 vptq       the published package's CUDA kernels beside those (tools/compare_vptq_cuda.py)
 sanitizer  compute-sanitizer's memcheck and racecheck over a few tests and the demo model
 large      only if it is named: all of the 405B model; 83 GiB of the host's memory and of the GPU's

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -96,7 +97,7 @@ def _measure(models: Sequence[Model], plan: Plan, allowed: float, report: dict[s
     rows: list[Row] = []
     matrices = report.get("machine", {}).get("matrices", {})
     for model in models:
-        what = f"{model.name} {model.quant}"
+        what = model.title
         begin = time.monotonic()
         made = []
         try:
@@ -116,6 +117,7 @@ def _measure(models: Sequence[Model], plan: Plan, allowed: float, report: dict[s
 
 def _bench(model: Model, plan: Plan) -> dict[str, Any]:
     SHAPES[model.name] = plan.shape(model.name)
+    os.environ["VPTQ_CUDA_KERNEL"] = model.kernel
     options = ["--synthetic", model.name, "--quant", model.quant, "--device", "cuda", "--json"]
     options += ["--embedding-type", "q8_0", "--output-type", "q8_0", "-n", str(plan.n_gen)]
     options += ["-p", ",".join(map(str, plan.prompts)), "-b", ",".join(map(str, model.batches))]
@@ -132,7 +134,7 @@ def _bench(model: Model, plan: Plan) -> dict[str, Any]:
 def _bench_rows(model: Model, shape: Shape, measured: dict[str, Any], matrices: dict[str, Any]) -> list[Row]:
     rows = []
     for result in measured["results"]:
-        what = f"{model.name} {model.quant} {result['test']}"
+        what = f"{model.title} {result['test']}"
         speed = f"{result['tok_s']:.1f} tok/s" + (" (extrapolated)" if result["extrapolated"] else "")
         if result["test"].startswith("pp"):
             rows.append(_prompt_row(what, speed, result, shape, matrices))
@@ -146,7 +148,7 @@ def _bench_rows(model: Model, shape: Shape, measured: dict[str, Any], matrices: 
         f"{_gib(measured['model']['model_bytes'])} in the file, {_gib(measured['peak_memory_bytes'])} taken"
     )
     load = f"{memory}, loaded in {measured['load_s']:.1f} s"
-    return [*rows, Row("bench", f"{model.name} {model.quant} memory", load)]
+    return [*rows, Row("bench", f"{model.title} memory", load)]
 
 
 def _prompt_row(what: str, speed: str, result: dict[str, Any], shape: Shape, matrices: dict[str, Any]) -> Row:
@@ -167,16 +169,17 @@ def kernels(plan: Plan, out: Path, allowed: float, report: dict[str, Any]) -> Fo
     end = time.monotonic() + allowed
     found: dict[str, Any] = {"layers": []}
     rows: list[Row] = []
-    for quant in plan.quants:
+    for quant, kernel in ((quant, kernel) for quant in plan.quants for kernel in plan.kernels):
+        title = quant + (f" ({kernel})" if kernel else "")
         try:
-            layers = in_child(end - time.monotonic(), _kernels, quant, plan)
+            layers = in_child(end - time.monotonic(), _kernels, quant, kernel, plan)
         except ChildError as error:
-            found["failure"] = f"{quant}: {error}"
-            rows.append(Row("kernels", quant, str(error), failed=True))
+            found["failure"] = f"{title}: {error}"
+            rows.append(Row("kernels", title, str(error), failed=True))
             continue
         found["layers"] += layers
         for layer in layers:
-            what = f"{quant} {layer['out_features']} x {layer['in_features']}"
+            what = f"{title} {layer['out_features']} x {layer['in_features']}"
             times = [f"{n} token{'s' * (n != '1')} {s * 1e6:.1f} us" for n, s in layer["seconds"].items()]
             figure = ", ".join([*times, f"{layer['prompt_flop_s'] / 1e12:.1f} TFLOP/s in prompts"])
             rows.append(Row("kernels", what, figure, share=layer["share"]))
@@ -184,7 +187,8 @@ def kernels(plan: Plan, out: Path, allowed: float, report: dict[str, Any]) -> Fo
     return found, rows
 
 
-def _kernels(quant: str, plan: Plan) -> list[dict[str, Any]]:
+def _kernels(quant: str, kernel: str, plan: Plan) -> list[dict[str, Any]]:
+    os.environ["VPTQ_CUDA_KERNEL"] = kernel
     bandwidth = _native.Gpu().copy_bandwidth()
     rng = np.random.default_rng(0)
     layers = []
@@ -201,6 +205,7 @@ def _kernels(quant: str, plan: Plan) -> list[dict[str, Any]]:
         layers.append(
             {
                 "quant": quant,
+                "kernel": kernel,
                 "out_features": out_features,
                 "in_features": in_features,
                 "layers": len(raw),

@@ -19,6 +19,11 @@ class Model:
     at_least: float | None = None
     aim: float | None = None
     in_tok_s: bool = False
+    kernel: str = ""  # what VPTQ_CUDA_KERNEL is to say
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} {self.quant}{f' ({self.kernel})' if self.kernel else ''}"
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Plan:
     prompts: tuple[int, ...]  # tokens
     n_gen: int
     quants: tuple[str, ...]  # of the single layers
+    kernels: tuple[str, ...]  # for these, as VPTQ_CUDA_KERNEL names them; "" is what the backend chooses
     sizes: tuple[tuple[int, int], ...]  # (out_features, in_features)
     prompt_tokens: int  # that a single layer gets at once, beside 1 and 8
     rotating_bytes: int  # of the layers that take turns
@@ -45,6 +51,7 @@ KERNEL_AT_LEAST = 5.0  # times as fast as the published package's kernel
 FULL = Plan(
     models=(
         Model("llama-3.1-8b", "v8-k65536-0", batches=(1, 8), at_least=0.15, aim=0.30),
+        Model("llama-3.1-8b", "v8-k65536-0", kernel="plain"),
         Model("llama-3.1-8b", "v6-k4096-0", at_least=0.20, aim=0.40),
         Model("llama-3.1-8b", "v8-k65536-256", at_least=0.12, aim=0.25),
         Model("llama-3.1-8b", "v16-k65536-65536", at_least=0.12, aim=0.25),
@@ -56,6 +63,7 @@ FULL = Plan(
     prompts=(512, 2048),
     n_gen=64,
     quants=("v8-k65536-0", "v6-k4096-0", "v8-k65536-256", "v16-k65536-65536", "v8-k4096-0"),
+    kernels=("", "plain"),
     sizes=((4096, 4096), (14336, 4096), (4096, 14336)),
     prompt_tokens=512,
     rotating_bytes=192 << 20,  # several times the largest L2
@@ -73,6 +81,7 @@ TINY = Plan(
     prompts=(8, 20),
     n_gen=3,
     quants=("v6-k256-16",),
+    kernels=("", "plain"),
     sizes=((96, 64),),
     prompt_tokens=12,
     rotating_bytes=1 << 13,

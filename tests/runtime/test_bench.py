@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gpu import need_gpu
 from tiny_gguf import HEAD_DIM, KEYS, N_EMBD, N_FF, N_VOCAB, tensors, write
 
 from vptq_runtime import _native, bench, machine, speed, synthetic
-from vptq_runtime.errors import OptionError, UnsupportedError
+from vptq_runtime.errors import OptionError
 from vptq_runtime.shapes import SHAPES, Shape, find_shape
 from vptq_runtime.speed import GREEDY, LAST_FOR_ALL, Measured, ModelFacts, SpeedTest, extrapolated
 from vptq_runtime.synthetic import QUANTS, Quant, SyntheticModel
@@ -545,10 +546,8 @@ def test_report_of_a_gpu(
 
 @pytest.mark.gpu
 def test_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        gpu = _native.Gpu()
-    except UnsupportedError as e:
-        pytest.skip(str(e))
+    need_gpu()
+    gpu = _native.Gpu()
     options = [*SYNTHETIC, "--device", "cuda", "-p", "20", "-n", "5", "-b", "1,3", "-r", "1", "--json"]
     for layers in ([], ["--layers", "2"]):
         assert bench.main([*options, *layers]) == 0

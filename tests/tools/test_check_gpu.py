@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpu import need_gpu
 
 from vptq_runtime import _native
-from vptq_runtime.errors import UnsupportedError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import check_gpu
@@ -25,10 +25,8 @@ SHAPE = TINY.shape("tiny")
 
 @pytest.mark.gpu
 def test_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        gpu = _native.Gpu()
-    except UnsupportedError as e:
-        pytest.skip(str(e))
+    need_gpu()
+    gpu = _native.Gpu()
     out = tmp_path / "report"
     assert check_gpu.main(["--tiny", "--out", str(out), "--only", "machine,tests,bench,kernels"]) == 0
     report = json.loads((out / "report.json").read_text())
@@ -37,12 +35,14 @@ def test_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report["tests"]["counts"]["passed"] > 0 and report["tests"]["failed"] == []
     tests = [[result["test"] for result in each["results"]] for each in report["bench"]["models"]]
     assert tests == [["pp8", "pp20", "tg3", "tg3x3"], ["pp8", "pp20", "tg3"]]
-    [layer] = report["kernels"]["layers"]
-    assert layer["seconds"].keys() == {"1", "8", "12"} and min(layer["seconds"].values()) > 0
-    assert layer["share"] > 0
+    layers = report["kernels"]["layers"]
+    assert [layer["kernel"] for layer in layers] == ["", "plain"]
+    for layer in layers:
+        assert layer["seconds"].keys() == {"1", "8", "12"} and min(layer["seconds"].values()) > 0
+        assert layer["share"] > 0
     printed = capsys.readouterr().out
     table = (out / "table.txt").read_text()
-    for found in ("copy bandwidth", "pytest -m gpu", "tiny v6-k256-16 tg3x3", "v6-k256-16 96 x 64"):
+    for found in ("copy bandwidth", "pytest -m gpu", "tiny v6-k256-16 tg3x3", "v6-k256-16 (plain) 96 x 64"):
         assert found in printed and found in table
     assert table.count(" | took | ") == 4
 
