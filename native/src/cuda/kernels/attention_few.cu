@@ -180,8 +180,10 @@ struct Few {
         for (int i = 0; i < kElements; ++i) s.values[i] = s.values[i] * keep + shuffle_xor(s.values[i], mask) * add;
       }
       if (row() > 0) continue;
-      shared.largest[team()][warp()][h] = s.largest;
-      shared.total[team()][warp()][h] = s.total;
+      if (lane() == 0) {
+        shared.largest[team()][warp()][h] = s.largest;
+        shared.total[team()][warp()][h] = s.total;
+      }
 #pragma unroll
       for (int i = 0; i < kElements; ++i)
         shared.values[team()][warp()][h][element(i / kChunk) + i % kChunk] = s.values[i];
