@@ -97,7 +97,7 @@ class TestOnAGpu:
         need_gpu()
         if "emulation" not in context("cuda").device:
             pytest.skip("a GPU's memory cannot be made smaller")
-        monkeypatch.setenv("VPTQ_EMULATED_MEMORY", str(34 << 20))
+        monkeypatch.setenv("VPTQ_EMULATED_MEMORY", str(3 << 20))
         found = context("auto")
         assert found.device.startswith("cpu (")
         assert "GiB, 0.00 GiB are available" in found.why_not_cuda

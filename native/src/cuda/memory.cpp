@@ -8,13 +8,29 @@
 namespace vptq::cuda {
 namespace {
 
-constexpr size_t kAlignment = 256;          // bytes
-constexpr size_t kSlab = size_t{32} << 20;  // bytes that are asked for at a time: cudaMalloc is slow
+constexpr size_t kAlignment = 256;         // bytes
+constexpr size_t kSlab = size_t{4} << 20;  // bytes that small ones share: cudaMalloc is slow, and rounds up to 2 MiB
+#if defined(VPTQ_CUDA_EMULATION)           // so that AddressSanitizer sees what is read behind any of them
+constexpr size_t kLarge = 0;
+#else
+constexpr size_t kLarge = size_t{1} << 20;  // bytes
+#endif
+
+std::byte* allocated(size_t bytes, const std::string& what) {
+  void* data = nullptr;
+  const cudaError_t error = cudaMalloc(&data, bytes);
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    throw OutOfMemoryError("no memory on the GPU for " + what + ": " + std::to_string(bytes) + " bytes");
+  }
+  check(error, "allocating memory");
+  return static_cast<std::byte*>(data);
+}
 
 }  // namespace
 
 Memory::~Memory() {
-  for (const Slab& slab : slabs_) cudaFree(slab.data);
+  for (std::byte* data : allocations_) cudaFree(data);
   for (const Staging& s : staging_) {
     if (s.sent) cudaEventDestroy(s.sent);
     if (s.data) cudaFreeHost(s.data);
@@ -22,19 +38,17 @@ Memory::~Memory() {
 }
 
 std::byte* Memory::allocate(size_t bytes, const std::string& what) {
-  const size_t whole = (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
-  if (slabs_.empty() || slabs_.back().bytes - used_ < whole) {
-    const size_t slab = std::max(whole, kSlab);
-    void* data = nullptr;
-    if (cudaMalloc(&data, slab) != cudaSuccess) {
-      cudaGetLastError();
-      throw OutOfMemoryError("no memory on the GPU for " + what + ": " + std::to_string(bytes) + " bytes");
-    }
-    slabs_.push_back({static_cast<std::byte*>(data), slab});
-    used_ = 0;
+  if (bytes >= kLarge) {
+    allocations_.push_back(allocated(std::max<size_t>(bytes, 1), what));
+    return allocations_.back();
   }
-  std::byte* at = slabs_.back().data + used_;
-  used_ += whole;
+  const size_t whole = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  if (left_ < whole) {
+    allocations_.push_back(slab_ = allocated(kSlab, what));
+    left_ = kSlab;
+  }
+  std::byte* at = slab_ + (kSlab - left_);
+  left_ -= whole;
   return at;
 }
 

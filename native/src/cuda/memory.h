@@ -28,18 +28,15 @@ class Memory {
  private:
   static constexpr size_t kChunk = size_t{8} << 20;  // bytes
 
-  struct Slab {
-    std::byte* data;
-    size_t bytes;
-  };
   struct Staging {
     std::byte* data = nullptr;   // (kChunk), pinned
     cudaEvent_t sent = nullptr;  // when it can be written again
   };
 
   Stream stream_;
-  std::vector<Slab> slabs_;
-  size_t used_ = 0;  // bytes of the last slab
+  std::vector<std::byte*> allocations_;
+  std::byte* slab_ = nullptr;
+  size_t left_ = 0;  // bytes of the slab
   Staging staging_[2];
   std::map<std::pair<const std::byte*, size_t>, const std::byte*> uploaded_;
 };
