@@ -6,7 +6,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-int round_up(int columns) { return (columns + kStepColumns - 1) / kStepColumns * kStepColumns; }
+int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
 // A block's largest value and its sum; every thread gets both.
 VPTQ_DEVICE void reduce(uint32_t& largest, float& sum) {
@@ -69,18 +69,19 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 size_t gemm_workspace(int n, int in_features) {
-  const size_t stride = round_up(in_features) + kStepColumns;  // the outliers and the others each end a step
-  return n * (stride * sizeof(uint16_t) + 2 * sizeof(float));
+  const size_t stride =
+      round_up(in_features, kStepColumns) + kStepColumns;  // the outliers and the others each end a step
+  return round_up(n, kMostTokens) * (stride * sizeof(uint16_t) + 2 * sizeof(float));
 }
 
 HalfActivations prepare_activations(const VqLayer& layer, const float* x, int n, void* workspace, Stream stream) {
   const int n_outliers = layer.n_columns == 2 ? layer.columns[1].first_column : 0;
   HalfActivations out;
   out.n = n;
-  out.main_column = round_up(n_outliers);
-  out.stride = out.main_column + round_up(layer.in_features - n_outliers);
+  out.main_column = round_up(n_outliers, kStepColumns);
+  out.stride = out.main_column + round_up(layer.in_features - n_outliers, kStepColumns);
   out.x = static_cast<uint16_t*>(workspace);
-  out.inverse = reinterpret_cast<float*>(out.x + size_t(n) * out.stride);
+  out.inverse = reinterpret_cast<float*>(out.x + size_t(round_up(n, kMostTokens)) * out.stride);
   out.offset = out.inverse + n;
   launch(prepare_kernel, {dim3(n), dim3(kThreads)}, stream, layer, n_outliers, x, out);
   return out;

@@ -60,25 +60,27 @@ class DenseTile {
   static constexpr int kStride = kStepStride, kElements = T::kOutputs * kStride;
 
   VPTQ_DEVICE DenseTile(const DenseSource& w, int out_features, int first_output)
-      : w_(w), column_(threadIdx.x % kLanes * 2), row_(threadIdx.x / kLanes) {
-    last_row_ = lesser(T::kOutputs, out_features - first_output) - 1;
-    rows_ = w.weight + first_output * w.row_bytes;
-  }
+      : w_(w),
+        rows_(w.weight + first_output * w.row_bytes),
+        column_(threadIdx.x % kLanes * 2),
+        row_(threadIdx.x / kLanes),
+        last_row_(lesser(T::kOutputs, out_features - first_output) - 1) {}
 
-  VPTQ_DEVICE void ask(int) {}
-  VPTQ_DEVICE void fetch(int step) {
-    const int column = step * kStepColumns + column_;
-    there_ = column < w_.in_features;
-    if (!there_) return;
+  VPTQ_DEVICE void ask() {}
+  VPTQ_DEVICE void fetch() {
+    there_ = column_ < w_.in_features;
+    if (there_)
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i)
-      pairs_[i].load(rows_ + lesser(row_ + i * kRowStep, last_row_) * w_.row_bytes, column, column + 1 < w_.in_features,
-                     w_.in_features % 2 == 0);
+      for (int i = 0; i < kPairs; ++i)
+        pairs_[i].load(rows_ + lesser(row_ + i * kRowStep, last_row_) * w_.row_bytes, column_,
+                       column_ + 1 < w_.in_features, w_.in_features % 2 == 0);
+    column_ += kStepColumns;
   }
   VPTQ_DEVICE void put(uint16_t* tile) {
 #pragma unroll
     for (int i = 0; i < kPairs; ++i)
-      *reinterpret_cast<uint32_t*>(tile + (row_ + i * kRowStep) * kStride + column_) = there_ ? pairs_[i].halves() : 0;
+      *reinterpret_cast<uint32_t*>(tile + (row_ + i * kRowStep) * kStride + threadIdx.x % kLanes * 2) =
+          there_ ? pairs_[i].halves() : 0;
   }
 
  private:
@@ -88,15 +90,16 @@ class DenseTile {
 
   const DenseSource& w_;
   const std::byte* rows_;
-  const int column_, row_;
-  int last_row_;  // of the tile's; those past it are that one again
+  int column_;          // of the next pairs
+  const int row_;       // of the tile
+  const int last_row_;  // of the tile's; those past it are that one again
   bool there_;
   Pair pairs_[kPairs];
 };
 
 template <class Pair>
 void run(const DenseSource& w, const Product& p, Stream stream) {
-  if (count_tiles<LargeTile>(p) >= kEnoughTiles)
+  if (suits<LargeTile>(p))
     gemm<LargeTile, DenseTile<LargeTile, Pair>>(w, p, stream);
   else
     gemm<SmallTile, DenseTile<SmallTile, Pair>>(w, p, stream);

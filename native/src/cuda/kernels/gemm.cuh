@@ -15,6 +15,7 @@ namespace vptq::cuda {
 inline constexpr int kStepColumns = 32;  // whose weights are in shared memory at a time
 inline constexpr int kXStages = 3;       // of x in shared memory: one in use, two on their way
 inline constexpr int kWStages = 2;       // of weights: one in use, one being made
+inline constexpr int kMostTokens = 256;  // of a tile: the workspace has rows for all of them
 // Elements between the rows of x, and of weights by rows: 80 bytes, so that eight rows lie in different banks.
 inline constexpr int kStepStride = kStepColumns + 8;
 
@@ -23,26 +24,30 @@ inline constexpr int kStepStride = kStepColumns + 8;
 inline constexpr float kWeightFactor = 256;
 
 // What a block computes, and a warp of it. Warps come in fours: each has eight columns of a step to look up.
-template <int kOutputs_, int kTokens_, int kWarpOutputs_, int kWarpTokens_>
+template <int kOutputs_, int kTokens_, int kWarpOutputs_, int kWarpTokens_, int kBlocks_>
 struct Tile {
   static constexpr int kOutputs = kOutputs_, kTokens = kTokens_;
   static constexpr int kWarpOutputs = kWarpOutputs_, kWarpTokens = kWarpTokens_;
+  static constexpr int kBlocks = kBlocks_;  // that a multiprocessor has registers for
   static constexpr int kWarps = kOutputs / kWarpOutputs * (kTokens / kWarpTokens);
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kXElements = kTokens * kStepStride;  // of a stage
-  static_assert(kWarps % 4 == 0);
+  static_assert(kWarps % 4 == 0 && kMostTokens % kTokens == 0);
 };
 // On an H200 the tensor cores do 128 x 256 x 32 products in some 830 cycles (mma.sync reaches about 600 TFLOP/s). A
 // large tile makes its 4096 weights in that time: 512 lookups of eight, 16 KB of sectors at 64 bytes a cycle from L2. A
-// block of 256 threads fills a multiprocessor's registers with sums. Small tiles are for products that have too few of
-// the large ones to keep the device busy: four blocks a multiprocessor, but twice as many lookups a product.
-using LargeTile = Tile<128, 256, 64, 64>;
-using SmallTile = Tile<64, 128, 32, 64>;
-inline constexpr int kEnoughTiles = 100;
+// block of 256 threads fills a multiprocessor's registers with sums. The others are for products that have too few of
+// the large ones to keep the device busy: a medium tile makes twice as many weights a product, a small one also copies
+// x twice as often.
+using LargeTile = Tile<128, 256, 64, 64, 1>;
+using MediumTile = Tile<64, 128, 32, 64, 3>;
+using SmallTile = Tile<32, 128, 32, 32, 4>;
 
 // x as the products take it, in a workspace.
 struct HalfActivations {
-  uint16_t* x;      // (n, stride) f16: in the order of the columns, scaled, times a power of two of each token
+  // (n, stride) f16: in the order of the columns, scaled, times a power of two of each token. Up to a multiple of
+  // kMostTokens there are more rows, of anything.
+  uint16_t* x;
   float* inverse;   // (n) of that power of two
   float* offset;    // (n) as add_to_offset() has it
   int n, stride;    // stride: a multiple of kStepColumns
@@ -61,10 +66,7 @@ struct Product {
   float* y;
 };
 
-template <class T>
-VPTQ_DEVICE T lesser(T a, T b) {
-  return a < b ? a : b;
-}
+VPTQ_DEVICE int lesser(int a, int b) { return a < b ? a : b; }
 
 // Sums of a warp: fragments as mma_f16() has them.
 template <class T>
@@ -109,8 +111,8 @@ VPTQ_DEVICE void multiply_step(const uint16_t* w, const uint16_t* x, int lane, S
   }
 }
 
-// The block's tile. Weights makes its part of a step's weights in three stages, each of which waits for the one before
-// while products are computed: ask(step), fetch(step), put(shared memory).
+// The block's tile. Weights makes its part of the weights step by step, in three stages, each of which waits for the
+// one before while products are computed: ask(), fetch(), put(shared memory). fetch() goes on to the next step.
 template <class T, class Weights>
 VPTQ_DEVICE void multiply(Weights& weights, const Product& p, int first_output, int first_token) {
   auto* x_stages = reinterpret_cast<uint16_t*>(dynamic_shared());
@@ -120,16 +122,17 @@ VPTQ_DEVICE void multiply(Weights& weights, const Product& p, int first_output, 
   const int warp_token = warp / (T::kOutputs / T::kWarpOutputs) * T::kWarpTokens;
   const int n_steps = (p.n_columns + kStepColumns - 1) / kStepColumns;
 
-  const auto copy_x = [&](int step) {
-    constexpr int kPieces = kStepColumns / 8;  // of 16 bytes, in a token's step
+  constexpr int kPieces = kStepColumns / 8;  // of 16 bytes, in a token's step
+  constexpr int kTokensApart = T::kThreads / kPieces;
+  const int token = thread / kPieces, piece = thread % kPieces * 8;
+  const uint16_t* next_x = p.x.x + int64_t{first_token + token} * p.x.stride + p.first_column + piece;
+  const auto copy_x = [&](int step, int stage) {
     if (step < n_steps)
 #pragma unroll
-      for (int i = 0; i < T::kTokens * kPieces / T::kThreads; ++i) {
-        const int token = (thread + i * T::kThreads) / kPieces, piece = thread % kPieces;
-        const int64_t from = int64_t{lesser(first_token + token, p.x.n - 1)} * p.x.stride + p.first_column;
-        copy_async(x_stages + step % kXStages * T::kXElements + token * kStepStride + piece * 8,
-                   p.x.x + from + step * kStepColumns + piece * 8);
-      }
+      for (int i = 0; i < T::kTokens / kTokensApart; ++i)
+        copy_async(x_stages + stage * T::kXElements + (token + i * kTokensApart) * kStepStride + piece,
+                   next_x + int64_t{i * kTokensApart} * p.x.stride);
+    next_x += kStepColumns;
     commit_copies();
   };
 
@@ -138,22 +141,25 @@ VPTQ_DEVICE void multiply(Weights& weights, const Product& p, int first_output, 
     for_each_sum<T>(sums, first_output + warp_output, first_token + warp_token, lane, [&](float& sum, int o, int t) {
       if (o < p.layer.out_features && t < p.x.n) sum = p.y[int64_t{t} * p.layer.out_features + o];
     });
-  for (int step = 0; step < kXStages - 1; ++step) copy_x(step);
-  weights.ask(0);
-  weights.fetch(0);
-  weights.ask(1);
-  weights.put(w_stages);
+  for (int step = 0; step < kXStages - 1; ++step) copy_x(step, step);
+  weights.ask();
+  weights.fetch();
+  weights.ask();
+  int x_stage = 0, w_stage = 0;
 #pragma unroll 1
   for (int step = 0; step < n_steps; ++step) {
+    // The weights come first in the loop, not last: the compiler would have them wait for memory before the products.
+    weights.put(w_stages + w_stage * Weights::kElements);
     wait_copies<kXStages - 2>();
     sync_block();  // this step's x and weights are there, and all have done with the stages of the step before
-    copy_x(step + kXStages - 1);
-    weights.fetch(step + 1);
-    weights.ask(step + 2);
+    copy_x(step + kXStages - 1, x_stage == 0 ? kXStages - 1 : x_stage - 1);
+    weights.fetch();  // of the next step, and the indices of the one after it; past the end: of any
+    weights.ask();
     multiply_step<T, Weights>(
-        w_stages + step % kWStages * Weights::kElements + warp_output * (Weights::kColumnMajor ? 1 : Weights::kStride),
-        x_stages + step % kXStages * T::kXElements + warp_token * kStepStride, lane, sums);
-    weights.put(w_stages + (step + 1) % kWStages * Weights::kElements);
+        w_stages + w_stage * Weights::kElements + warp_output * (Weights::kColumnMajor ? 1 : Weights::kStride),
+        x_stages + x_stage * T::kXElements + warp_token * kStepStride, lane, sums);
+    x_stage = x_stage == kXStages - 1 ? 0 : x_stage + 1;
+    w_stage ^= 1;
   }
 
   for_each_sum<T>(sums, first_output + warp_output, first_token + warp_token, lane, [&](float sum, int o, int t) {
@@ -165,8 +171,7 @@ VPTQ_DEVICE void multiply(Weights& weights, const Product& p, int first_output, 
 
 // Weights: made of Source, for the tile's outputs from first_output on. Tiles of the same weights follow each other.
 template <class T, class Weights>
-__global__ void __launch_bounds__(T::kThreads, T::kThreads == 256 ? 1 : 3)
-    gemm_kernel(typename Weights::Source source, Product p) {
+__global__ void __launch_bounds__(T::kThreads, T::kBlocks) gemm_kernel(typename Weights::Source source, Product p) {
   const int token_tiles = (p.x.n + T::kTokens - 1) / T::kTokens;
   const int first_output = static_cast<int>(blockIdx.x / token_tiles) * T::kOutputs;
   Weights weights(source, p.layer.out_features, first_output);
@@ -176,6 +181,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kThreads == 256 ? 1 : 3)
 template <class T>
 int64_t count_tiles(const Product& p) {
   return int64_t{(p.layer.out_features + T::kOutputs - 1) / T::kOutputs} * ((p.x.n + T::kTokens - 1) / T::kTokens);
+}
+
+// Whether there are tiles for most multiprocessors, and no more than half of their tokens are missing.
+template <class T>
+bool suits(const Product& p) {
+  return count_tiles<T>(p) >= 100 && 2 * p.x.n > T::kTokens;
 }
 
 template <class T, class Weights>

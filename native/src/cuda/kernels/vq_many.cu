@@ -2,25 +2,56 @@
 //
 // Vectors lie along the outputs, so a tile of weights is kept column by column: a lookup is one store. A vector is
 // looked up in pieces of 8, 4, 2 or 1, the largest that divides its length: then no vector length needs a kernel of its
-// own, and a piece never crosses the border of a tile.
+// own, and a piece never crosses the border of a tile. Outliers are looked up one by one.
 #include "cuda/kernels/gemm.cuh"
 
 namespace vptq::cuda {
 namespace {
 
-// kPiece f16 or bf16.
-template <int kPiece>
-VPTQ_DEVICE void load_piece(const std::byte* from, uint32_t (&words)[(kPiece + 1) / 2]) {
-  if constexpr (kPiece == 8) {
-    const uint4 four = *reinterpret_cast<const uint4*>(from);
-    words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
-  } else if constexpr (kPiece == 4) {
-    const uint2 two = *reinterpret_cast<const uint2*>(from);
-    words[0] = two.x, words[1] = two.y;
-  } else if constexpr (kPiece == 2) {
-    words[0] = *reinterpret_cast<const uint32_t*>(from);
+// kPiece numbers of a centroid as they lie in memory.
+template <DType kType, int kPiece>
+struct Piece {
+  static constexpr int kElementBytes = kType == DType::f32 ? 4 : 2, kBytes = kPiece * kElementBytes;
+  uint32_t words[(kBytes + 3) / 4];
+
+  VPTQ_DEVICE void load(const std::byte* from) {
+    if constexpr (kBytes == 2) {
+      words[0] = *reinterpret_cast<const uint16_t*>(from);
+    } else if constexpr (kBytes == 4) {
+      words[0] = *reinterpret_cast<const uint32_t*>(from);
+    } else if constexpr (kBytes == 8) {
+      const uint2 two = *reinterpret_cast<const uint2*>(from);
+      words[0] = two.x, words[1] = two.y;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kBytes / 4; i += 4) {
+        const uint4 four = reinterpret_cast<const uint4*>(from)[i / 4];
+        words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
+      }
+    }
+  }
+  // Numbers 2 i and 2 i + 1.
+  VPTQ_DEVICE float2 floats(int i) const {
+    if constexpr (kType == DType::f32)
+      return make_float2(float_from_bits(words[2 * i]), float_from_bits(words[lesser(2 * i + 1, kPiece - 1)]));
+    else
+      return make_float2(float_from_bits(words[i] << 16), float_from_bits(words[i] & 0xffff0000u));
+  }
+};
+
+// Two weights in f16, of numbers 2 i and 2 i + 1.
+template <DType kType, int kPiece>
+VPTQ_DEVICE uint32_t weights(const Piece<kType, kPiece>& main, const Piece<kType, kPiece>& residual, bool has_residual,
+                             int i) {
+  if constexpr (kType == DType::f16) {
+    return has_residual ? add_halves(main.words[i], residual.words[i]) : main.words[i];
   } else {
-    words[0] = *reinterpret_cast<const uint16_t*>(from);
+    float2 sum = main.floats(i);
+    if (has_residual) {
+      const float2 more = residual.floats(i);
+      sum = make_float2(sum.x + more.x, sum.y + more.y);
+    }
+    return floats_to_halves(sum.x * kWeightFactor, sum.y * kWeightFactor);
   }
 }
 
@@ -36,14 +67,10 @@ VPTQ_DEVICE void store_piece(const uint32_t (&words)[(kPiece + 1) / 2], uint16_t
     *to = static_cast<uint16_t>(words[0]);
 }
 
-VPTQ_DEVICE float2 bf16s_to_floats(uint32_t pair) {
-  return make_float2(float_from_bits(pair << 16), float_from_bits(pair & 0xffff0000u));
-}
-
-// A lane has one column of a step and some pieces of that. Eight lanes beside each other have eight columns of a row of
-// pieces: 272 bytes from column to column put their stores into different banks, and pieces of the same vector are
-// loaded by the same instruction.
-template <class T, int kPiece>
+// A lane has one column of each step and some pieces of that. Eight lanes beside each other have eight columns of a row
+// of pieces: 272 bytes from column to column put their stores into different banks, and pieces of the same vector are
+// loaded by the same instruction. Past the last column it is that one again, whose x is zero there.
+template <class T, DType kType, int kPiece>
 class VqTile {
  public:
   using Source = VqColumns;
@@ -52,123 +79,107 @@ class VqTile {
 
   VPTQ_DEVICE VqTile(const VqColumns& c, int, int first_output) : c_(c), first_block_(first_output / c.v) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    column_ = warp % 4 * 8 + lane % 8;
-    first_piece_ = warp / 4 * 4 + lane / 8;
-    const int first_element = first_output % c.v;
+    const int column = warp % 4 * 8 + lane % 8, piece = warp / 4 * 4 + lane / 8;
+    j_ = column;
+    enter_group();
+    put_at_ = column * kStride + piece * kPiece;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const int element = first_element + (first_piece_ + i * kPieceStep) * kPiece;
+      const int element = first_output % c.v + (piece + i * T::kWarps) * kPiece;
       const int block = lesser(element / c.v, c.n_blocks - 1 - first_block_);  // past the last output: any
       place_[i] = block * kMaxVectorLength + element % c.v;
     }
   }
 
-  // Loads the packed indices.
-  VPTQ_DEVICE void ask(int step) {
-    const Column at = column(step);
-    if (!at.there) return;
+  // Loads packed indices.
+  VPTQ_DEVICE void ask() {
     const int bits = c_.index_bits + c_.res_bits;
-    const int64_t bit = int64_t{at.j} * bits;
+    const bool halves = kPiece == 1 && bits == 16;  // the rows of outliers are aligned to no more
+    const uint64_t bit = uint64_t(j_) * bits;
+    const std::byte* at = rows_ + (halves ? bit / 8 : bit / 32 * 4);
+    shift_ = halves ? 0 : static_cast<int>(bit % 32);
+    const bool both = shift_ + bits > 32;  // else the second word's bits are not looked at
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const int64_t block = int64_t{at.group} * c_.n_blocks + first_block_ + place_[i] / kMaxVectorLength;
-      const std::byte* row = c_.indices + block * c_.row_bytes;
-      if (bits == 16) {
-        packed_[i][0] = reinterpret_cast<const uint16_t*>(row)[at.j];
-      } else {  // rows of words: outliers have 16 bits
-        const uint32_t* words = reinterpret_cast<const uint32_t*>(row) + bit / 32;
-        packed_[i][0] = words[0];
-        packed_[i][1] = bit % 32 + bits > 32 ? words[1] : 0;
-      }
+      const std::byte* p = at + uint64_t{place_[i] / kMaxVectorLength} * static_cast<uint32_t>(c_.row_bytes);
+      packed_[i][0] = halves ? *reinterpret_cast<const uint16_t*>(p) : *reinterpret_cast<const uint32_t*>(p);
+      if (both) packed_[i][1] = reinterpret_cast<const uint32_t*>(p)[1];
     }
   }
 
   // Loads the centroids.
-  VPTQ_DEVICE void fetch(int step) {
-    const Column at = column(step);
+  VPTQ_DEVICE void fetch() {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      if (!at.there) {
-#pragma unroll
-        for (int word = 0; word < kWords; ++word) main_[i][word] = residual_[i][word] = 0;
-        continue;
-      }
-      const int bits = c_.index_bits + c_.res_bits;
-      const int shift = bits == 16 ? 0 : static_cast<int>(int64_t{at.j} * bits % 32);
-      const auto value = static_cast<uint32_t>((uint64_t{packed_[i][1]} << 32 | packed_[i][0]) >> shift);
-      const int64_t index = int64_t{at.group} * c_.k + (value & index_mask(c_.index_bits));
-      const int64_t res_index = int64_t{at.group} * c_.r + (value >> c_.index_bits & index_mask(c_.res_bits));
-      const int element = place_[i] % kMaxVectorLength;
-      if (c_.type == DType::f32) {
-        fetch_floats(index * c_.v + element, res_index * c_.v + element, main_[i]);
-      } else {
-        load_piece<kPiece>(c_.centroids + 2 * (index * c_.v + element), main_[i]);
-        if (c_.r) load_piece<kPiece>(c_.res_centroids + 2 * (res_index * c_.v + element), residual_[i]);
+      const auto value = static_cast<uint32_t>((uint64_t{packed_[i][1]} << 32 | packed_[i][0]) >> shift_);
+      const uint32_t element = place_[i] % kMaxVectorLength;
+      const uint32_t at = (value & mask(c_.index_bits)) * c_.v + element;
+      main_[i].load(centroids_ + uint64_t{at} * main_[i].kElementBytes);
+      if (c_.r) {
+        const uint32_t res_at = (value >> c_.index_bits & mask(c_.res_bits)) * c_.v + element;
+        residual_[i].load(res_centroids_ + uint64_t{res_at} * main_[i].kElementBytes);
       }
     }
+    j_ += kStepColumns;
+    if (j_ >= c_.group_size) enter_group();
   }
 
-  // Stores the weights in f16.
+  // Stores the weights that were fetched.
   VPTQ_DEVICE void put(uint16_t* tile) {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
+      uint32_t words[(kPiece + 1) / 2];
 #pragma unroll
-      for (int word = 0; word < kWords; ++word) {
-        uint32_t& w = main_[i][word];
-        if (c_.type == DType::f16) {
-          if (c_.r) w = add_halves(w, residual_[i][word]);
-        } else if (c_.type == DType::bf16) {
-          float2 sum = bf16s_to_floats(w);
-          if (c_.r) {
-            const float2 residual = bf16s_to_floats(residual_[i][word]);
-            sum = make_float2(sum.x + residual.x, sum.y + residual.y);
-          }
-          w = floats_to_halves(sum.x * kWeightFactor, sum.y * kWeightFactor);
-        }
-      }
-      store_piece<kPiece>(main_[i], tile + column_ * kStride + (first_piece_ + i * kPieceStep) * kPiece);
+      for (int j = 0; j < (kPiece + 1) / 2; ++j) words[j] = weights(main_[i], residual_[i], c_.r > 0, j);
+      store_piece<kPiece>(words, tile + put_at_ + i * T::kWarps * kPiece);
     }
   }
 
  private:
   static constexpr int kItems = T::kOutputs * kStepColumns / T::kThreads / kPiece;  // pieces a lane
-  static constexpr int kPieceStep = T::kWarps / 4 * 4;                              // from one to its next
-  static constexpr int kWords = (kPiece + 1) / 2;
 
-  struct Column {
-    bool there;
-    int group, j;
-  };
-  VPTQ_DEVICE Column column(int step) const {
-    const int c = step * kStepColumns + column_;
-    const int group = c_.n_groups == 1 ? 0 : c / c_.group_size;
-    return {group < c_.n_groups && c < c_.n_groups * c_.group_size, group, c - group * c_.group_size};
-  }
+  VPTQ_DEVICE static uint32_t mask(int bits) { return (1u << bits) - 1; }  // of a centroid's index: at most 16
 
-  // Rare, and slow: the loads are waited for at once.
-  VPTQ_DEVICE void fetch_floats(int64_t first, int64_t res_first, uint32_t (&words)[kWords]) {
-    const float* main = reinterpret_cast<const float*>(c_.centroids) + first;
-    const float* residual = reinterpret_cast<const float*>(c_.res_centroids) + res_first;
-    const auto weight = [&](int i) { return (c_.r ? main[i] + residual[i] : main[i]) * kWeightFactor; };
-#pragma unroll
-    for (int word = 0; word < kWords; ++word)
-      words[word] = floats_to_halves(weight(2 * word), 2 * word + 1 < kPiece ? weight(2 * word + 1) : 0);
+  // Column j_ of the group may lie in one of the next.
+  VPTQ_DEVICE void enter_group() {
+    while (j_ >= c_.group_size && group_ + 1 < c_.n_groups) {
+      j_ -= c_.group_size;
+      ++group_;
+    }
+    j_ = lesser(j_, c_.group_size - 1);
+    const int64_t group = group_;
+    rows_ = c_.indices + (group * c_.n_blocks + first_block_) * c_.row_bytes;
+    centroids_ = c_.centroids + group * c_.k * c_.v * main_[0].kElementBytes;
+    res_centroids_ = c_.res_centroids + group * c_.r * c_.v * main_[0].kElementBytes;
   }
 
   const VqColumns& c_;
   const int first_block_;
-  int column_, first_piece_;
+  int group_ = 0, j_;                                    // the column to ask for next
+  const std::byte *rows_, *centroids_, *res_centroids_;  // of its group
+  int shift_;                                            // of what was asked for
+  int put_at_;                                           // elements from the tile's first
   uint32_t place_[kItems];  // kMaxVectorLength times the block, counted from the tile's first, and the first element
   uint32_t packed_[kItems][2] = {};
-  uint32_t main_[kItems][kWords], residual_[kItems][kWords];
+  Piece<kType, kPiece> main_[kItems], residual_[kItems];
 };
 
-template <int kPiece>
+template <DType kType, int kPiece>
 void run(const VqColumns& c, const Product& p, Stream stream) {
-  // Single weights are rare, and so many that their places do not fit beside the sums of a large tile.
-  if constexpr (kPiece > 1)
-    if (count_tiles<LargeTile>(p) >= kEnoughTiles) return gemm<LargeTile, VqTile<LargeTile, kPiece>>(c, p, stream);
-  gemm<SmallTile, VqTile<SmallTile, kPiece>>(c, p, stream);
+  if constexpr (kPiece > 1 && kType != DType::f32) {  // what models have
+    if (suits<LargeTile>(p)) return gemm<LargeTile, VqTile<LargeTile, kType, kPiece>>(c, p, stream);
+    if (suits<MediumTile>(p)) return gemm<MediumTile, VqTile<MediumTile, kType, kPiece>>(c, p, stream);
+  }
+  gemm<SmallTile, VqTile<SmallTile, kType, kPiece>>(c, p, stream);
+}
+
+template <DType kType>
+void run(const VqColumns& c, const Product& p, Stream stream) {
+  const auto kernel = !p.finish || c.v % 2 ? run<kType, 1>  // outliers are few
+                      : c.v % 8 == 0       ? run<kType, 8>
+                      : c.v % 4 == 0       ? run<kType, 4>
+                                           : run<kType, 2>;
+  kernel(c, p, stream);
 }
 
 }  // namespace
@@ -186,7 +197,9 @@ void vq_many(const VqLayer& w, const float* x, int n, float* y, void* workspace,
                     .accumulate = part > 0,
                     .finish = last,
                     .y = y};
-    const auto kernel = c.v % 8 == 0 ? run<8> : c.v % 4 == 0 ? run<4> : c.v % 2 == 0 ? run<2> : run<1>;
+    const auto kernel = c.type == DType::f16    ? run<DType::f16>
+                        : c.type == DType::bf16 ? run<DType::bf16>
+                                                : run<DType::f32>;
     kernel(c, p, stream);
   }
 }
