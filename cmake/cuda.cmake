@@ -13,6 +13,7 @@ set(cuda_host
   ${cuda}/runtime.cpp
   ${cuda}/sliced_layers.cpp
   ${cuda}/slices.cpp
+  ${cuda}/top_logits_reader.cpp
   ${src}/tensor.cpp)
 
 if(VPTQ_CUDA)

@@ -50,6 +50,13 @@ class Sampler:
         """Adds tokens (the prompt) to the history that the repeat penalty looks at."""
     def sample(self, logits: NDArray[np.float32]) -> int:
         """Draws a token from logits (n_vocab,) and adds it to the history."""
+    def sample_candidates(self, tokens: Sequence[int], logits: Sequence[float]) -> int:
+        """The same token from a part of the logits: the n_candidates largest, and those of penalised_tokens."""
+    @property
+    def n_candidates(self) -> int:
+        """0: all logits are needed."""
+    @property
+    def penalised_tokens(self) -> list[int]: ...
 
 class Context:
     """A model on a device with a KV cache shared by many sequences."""
@@ -162,6 +169,10 @@ class Operations:
     def embed(self, table: RawTensor, tokens: Sequence[int]) -> Array: ...
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array: ...
     def swiglu(self, gate: Array, up: Array) -> Array: ...
+    def top_logits(
+        self, logits: Array, n_largest: int, tokens: Sequence[Sequence[int]]
+    ) -> list[list[tuple[int, float]]]:
+        """Of each row: the largest logits with their tokens, in any order, then those of tokens[row]."""
     def rope(self, x: Array, n_head: int, positions: Sequence[int], inv_freq: Sequence[float]) -> Array: ...
     def attention(
         self,

@@ -114,6 +114,13 @@ LogitsOut dequantize(const Model& model, const std::string& name) {
 
 using Tokens = std::vector<int32_t>;
 
+int32_t sample_candidates(Sampler& sampler, const Tokens& tokens, const std::vector<float>& logits) {
+  if (tokens.size() != logits.size()) throw vptq::OptionError("expected as many logits as tokens");
+  std::vector<vptq::Candidate> candidates;
+  for (size_t i = 0; i < tokens.size(); ++i) candidates.push_back({tokens[i], logits[i]});
+  return sampler.sample(candidates);
+}
+
 std::vector<vptq::Feed> feeds(const std::vector<int>& sequences, const std::vector<Tokens>& tokens) {
   if (sequences.size() != tokens.size())
     throw vptq::OptionError(std::to_string(tokens.size()) +
@@ -182,7 +189,12 @@ NB_MODULE(_native, m) {
           "accept", [](Sampler& self, const Tokens& tokens) { self.accept(tokens); }, nb::arg("tokens"))
       .def(
           "sample", [](Sampler& self, const LogitsIn& logits) { return self.sample({logits.data(), logits.size()}); },
-          nb::arg("logits"));
+          nb::arg("logits"))
+      .def("sample_candidates", sample_candidates, nb::arg("tokens"), nb::arg("logits"))
+      .def_prop_ro("n_candidates", &Sampler::n_candidates)
+      .def_prop_ro("penalised_tokens", [](const Sampler& self) {
+        return Tokens(self.penalised_tokens().begin(), self.penalised_tokens().end());
+      });
 
   nb::class_<Context>(m, "Context")
       .def(

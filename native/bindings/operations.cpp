@@ -142,7 +142,7 @@ class Operations {
     std::vector<double> seconds;
     for (int i = -kWarmUps; i < repetitions; ++i) {
       const auto begin = std::chrono::steady_clock::now();
-      backend_->forward(batch, outputs, {}, all);
+      backend_->forward(batch, outputs, {}, nullptr, all);
       const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
       if (i >= 0) seconds.push_back(taken.count() / double(kPasses * ready.size()));
     }
@@ -181,6 +181,31 @@ class Operations {
     float* out = arrays_.copy(gate);
     backend_->swiglu(out, arrays_.copy(up), gate.size());
     return arrays_.read(out, gate.shape(0), gate.shape(1));
+  }
+
+  // Of each row of logits (n, n_vocab): the n_largest, in any order, and those of tokens (n, n_tokens), as pairs of
+  // token and logit.
+  std::vector<std::vector<std::pair<int32_t, float>>> top_logits(const In& logits, int n_largest,
+                                                                 const std::vector<std::vector<int32_t>>& tokens) {
+    expect(backend_->max_top_logits() > 0, "this backend finds no largest logits");
+    expect(logits.ndim() == 2 && n_largest >= 1 && n_largest <= backend_->max_top_logits() &&
+               size_t(n_largest) <= logits.shape(1) && !tokens.empty() && tokens.size() == logits.shape(0),
+           "expected logits (n, n_vocab), n_largest from 1 to n_vocab, n lists of tokens");
+    const int n = int(logits.shape(0)), n_vocab = int(logits.shape(1));
+    TopLogits top{n_vocab, n_largest, int(tokens[0].size()), {}, {}};
+    for (const auto& row : tokens) top.tokens.insert(top.tokens.end(), row.begin(), row.end());
+    expect(top.tokens.size() == size_t(n) * top.n_tokens, "expected as many tokens for each row");
+    for (const int32_t token : top.tokens) expect(token >= 0 && token < n_vocab, "expected tokens below n_vocab");
+    Batch batch = batch_of(std::vector<int32_t>(n)), outputs;
+    batch.n_prompt = n;  // a prompt's step is not recorded
+    for (int i = 0; i < n; ++i) batch.outputs.push_back(i);
+    outputs.take_outputs_of(batch);
+    const float* x = arrays_.copy(logits);
+    backend_->forward(batch, outputs, {}, &top, [&](float* out) { backend_->select_outputs(batch, n_vocab, x, out); });
+    std::vector<std::vector<std::pair<int32_t, float>>> found(n);
+    for (size_t i = 0; i < top.found.size(); ++i)
+      found[i / top.row_size()].emplace_back(top.found[i].token, top.found[i].logit);
+    return found;
   }
 
   // x (n, n_head * head_dim), one position a row
@@ -232,7 +257,7 @@ class Operations {
   void step(const Batch& batch, const Operation& operation) {
     Batch outputs;
     outputs.take_outputs_of(batch);
-    backend_->forward(batch, outputs, {}, [&](float*) { operation(batch); });
+    backend_->forward(batch, outputs, {}, nullptr, [&](float*) { operation(batch); });
   }
 
   std::unique_ptr<Backend> backend_;
@@ -265,6 +290,7 @@ void bind_operations(nb::module_& m) {
       .def("embed", &Operations::embed, nb::arg("table"), nb::arg("tokens"))
       .def("rms_norm", &Operations::rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"))
       .def("swiglu", &Operations::swiglu, nb::arg("gate"), nb::arg("up"))
+      .def("top_logits", &Operations::top_logits, nb::arg("logits"), nb::arg("n_largest"), nb::arg("tokens"))
       .def("rope", &Operations::rope, nb::arg("x"), nb::arg("n_head"), nb::arg("positions"), nb::arg("inv_freq"))
       .def("attention", &Operations::attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("n_head"),
            nb::arg("n_head_kv"), nb::arg("window"), nb::arg("kv_type"), nb::arg("prompt") = true)

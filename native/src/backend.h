@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "vptq/candidate.h"
 #include "vptq/model.h"
 
 namespace vptq {
@@ -64,6 +65,18 @@ struct Batch {
   }
 };
 
+// What sampling wants of the logits (n_outputs, n_vocab), and what a backend has found.
+struct TopLogits {
+  int n_vocab;
+  int n_largest;                 // of each row: so many, from 1 to n_vocab; of equal ones those of the lower tokens,
+                                 // and before all others any that are not finite
+  int n_tokens;                  // of each row, besides
+  std::vector<int32_t> tokens;   // (n_outputs, n_tokens), from 0 to n_vocab - 1
+  std::vector<Candidate> found;  // (n_outputs, n_largest + n_tokens): the largest in any order, then the others
+
+  int row_size() const { return n_largest + n_tokens; }
+};
+
 // A linear layer made ready by a backend.
 class Linear {
  public:
@@ -106,10 +119,13 @@ class Backend {
   virtual const float* vector(const std::vector<float>& values) = 0;
 
   // Runs a step: operations(out) asks for the operations below, on `batch` and at the end on `outputs`, the tokens of
-  // it whose logits are wanted, and for these at `out`; they end up in logits (n_outputs, n_vocab). A backend may keep
-  // what was asked for and do it again for batches of the same sizes without asking.
-  virtual void forward(const Batch& batch, const Batch& outputs, std::span<float> logits,
+  // it whose logits are wanted, and for these at `out`; they end up in logits (n_outputs, n_vocab), or only what `top`
+  // wants of them in it, where it is given. A backend may keep what was asked for and do it again for batches of the
+  // same sizes without asking.
+  virtual void forward(const Batch& batch, const Batch& outputs, std::span<float> logits, TopLogits* top,
                        const std::function<void(float*)>& operations) = 0;
+  // The most that TopLogits::n_largest can be; 0: it is not to be asked for, all logits are at hand.
+  virtual int max_top_logits() const { return 0; }
 
   // x[t] = table[tokens[t]]
   virtual void embed(const Batch& batch, const Tensor& table, float* x) = 0;

@@ -1,5 +1,7 @@
 #include "vptq/context.h"
 
+#include <algorithm>
+
 #include "kv_cache.h"
 #include "transformer.h"
 #include "vptq/error.h"
@@ -36,14 +38,14 @@ struct Context::State {
     if (weights) model->file().drop_pages();  // they are on the device
   }
 
-  void forward(std::span<const Feed> feeds, Want want, std::span<float> logits) {
-    fill_batch(feeds, want);
+  // The feeds that fill_batch() has listed; their logits, or what `top` wants of them.
+  void forward(std::span<const Feed> feeds, std::span<float> logits, TopLogits* top = nullptr) {
     lengths.clear();
     for (const Feed& feed : feeds) lengths.push_back(cache.length(feed.sequence));
     try {
       extend(feeds);
-      transformer->forward(batch, cache.layout(), logits);
-      if (!all_finite(logits))
+      transformer->forward(batch, cache.layout(), logits, top);
+      if (!(top ? all_finite(top->found) : all_finite(logits)))
         throw FileError(
             model->file().path() +
             ": the logits are not finite: some weights are NaN, infinite, or too large for float32, or some keys or "
@@ -115,6 +117,36 @@ struct Context::State {
     }
   }
 
+  // Whether the samplers need but a part of the logits that the backend finds; then `top` becomes that part.
+  bool ask_for_top(std::span<Sampler* const> samplers) {
+    size_t n_largest = 0, n_tokens = 0;
+    for (auto sampler = samplers.begin(); sampler != samplers.end(); ++sampler) {
+      const size_t n = (*sampler)->n_candidates();
+      if (n == 0 || n > size_t(backend->max_top_logits())) return false;
+      // One of two sequences: what it will penalise in the second depends on what it draws in the first.
+      if (std::find(samplers.begin(), sampler, *sampler) != sampler) return false;
+      n_largest = std::max(n_largest, n);
+      n_tokens = std::max(n_tokens, (*sampler)->penalised_tokens().size());
+    }
+    const int n_vocab = model->hyperparameters().n_vocab;
+    top.n_vocab = n_vocab;
+    top.n_largest = static_cast<int>(std::min(n_largest, size_t(n_vocab)));
+    top.n_tokens = static_cast<int>(n_tokens);
+    top.tokens.assign(samplers.size() * n_tokens, 0);  // where there are fewer, that of token 0 does no harm
+    for (size_t i = 0; i < samplers.size(); ++i) {
+      const std::span<const int32_t> tokens = samplers[i]->penalised_tokens();
+      std::replace_copy_if(
+          tokens.begin(), tokens.end(), top.tokens.begin() + row[i] * n_tokens,
+          [&](int32_t token) { return token < 0 || token >= n_vocab; }, 0);
+    }
+    return true;
+  }
+
+  std::span<const Candidate> candidates(size_t feed) const {
+    const size_t n = top.row_size();
+    return {top.found.data() + row[feed] * n, n};
+  }
+
   std::shared_ptr<const Model> model;
   int n_ctx;
   std::string why_not_cuda;
@@ -126,6 +158,7 @@ struct Context::State {
   size_t n_appended = 0;           // feeds
   std::vector<int> lengths;        // of the sequences at hand, before they are extended
   std::vector<float> step_logits;  // (n_sequences, n_vocab)
+  TopLogits top{};                 // of a step, where these are all that is needed
 };
 
 Context::Context(std::shared_ptr<const Model> model, const ContextOptions& options) {
@@ -167,7 +200,9 @@ void Context::truncate(int sequence, int n_tokens) { state_->cache.truncate(sequ
 int Context::length(int sequence) const { return state_->cache.length(sequence); }
 
 void Context::prefill(std::span<const Feed> feeds) {
-  if (!feeds.empty()) state_->forward(feeds, State::Want::none, {});
+  if (feeds.empty()) return;
+  state_->fill_batch(feeds, State::Want::none);
+  state_->forward(feeds, {});
 }
 
 void Context::step(std::span<const Feed> feeds, std::span<Sampler* const> samplers, int32_t* out) {
@@ -178,16 +213,23 @@ void Context::step(std::span<const Feed> feeds, std::span<Sampler* const> sample
     if (!samplers[i])
       throw OptionError("sequence " + std::to_string(feeds[i].sequence) + ": no sampler, expected one a sequence");
   if (feeds.empty()) return;
+  state_->fill_batch(feeds, State::Want::last);
+  if (state_->ask_for_top(samplers)) {
+    state_->forward(feeds, {}, &state_->top);
+    for (size_t i = 0; i < feeds.size(); ++i) out[i] = samplers[i]->sample(state_->candidates(i));
+    return;
+  }
   const size_t n_vocab = model().hyperparameters().n_vocab;
   state_->step_logits.resize(feeds.size() * n_vocab);
-  state_->forward(feeds, State::Want::last, state_->step_logits);
+  state_->forward(feeds, state_->step_logits);
   for (size_t i = 0; i < feeds.size(); ++i)
     out[i] = samplers[i]->sample({state_->step_logits.data() + state_->row[i] * n_vocab, n_vocab});
 }
 
 void Context::logits(const Feed& feed, float* out) {
   const size_t n_vocab = model().hyperparameters().n_vocab;
-  state_->forward({&feed, 1}, State::Want::all, {out, feed.tokens.size() * n_vocab});
+  state_->fill_batch({&feed, 1}, State::Want::all);
+  state_->forward({&feed, 1}, {out, feed.tokens.size() * n_vocab});
 }
 
 }  // namespace vptq

@@ -20,12 +20,25 @@ void expect(bool in_range, const char* name, double found, const char* expected)
   throw OptionError(std::string(name) + ": found " + text + ", expected " + expected);
 }
 
+void expect_finite(bool finite) {
+  if (!finite) throw OptionError("logits: found none, or NaN or infinite ones, expected finite numbers");
+}
+
+// The lower token first where logits are equal: the order, and so the draw, is the same everywhere.
+bool likelier(const Candidate& a, const Candidate& b) {
+  return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
+}
+
 }  // namespace
 
 bool all_finite(std::span<const float> values) {
   bool finite = true;  // no early exit: the loop becomes vector code
   for (const float value : values) finite &= std::abs(value) <= std::numeric_limits<float>::max();
   return finite;
+}
+
+bool all_finite(std::span<const Candidate> candidates) {
+  return std::all_of(candidates.begin(), candidates.end(), [](const Candidate& c) { return std::isfinite(c.logit); });
 }
 
 Sampler::Sampler(const SamplingOptions& o) : options_(o), random_(o.seed) {
@@ -43,14 +56,12 @@ void Sampler::accept(std::span<const int32_t> tokens) {
 }
 
 int32_t Sampler::sample(std::span<const float> logits) {
-  if (logits.empty() || !all_finite(logits))
-    throw OptionError("logits: found none, or NaN or infinite ones, expected finite numbers");
+  expect_finite(!logits.empty() && all_finite(logits));
   if (options_.repeat_penalty != 1) {
     penalised_.assign(logits.begin(), logits.end());
     for (const int32_t token : history_) {
       if (token < 0 || size_t(token) >= logits.size()) continue;
-      const float logit = logits[token];  // of a token that stands there twice: penalised once
-      penalised_[token] = logit > 0 ? logit / options_.repeat_penalty : logit * options_.repeat_penalty;
+      penalised_[token] = penalised(logits[token]);  // of a token that stands there twice: once
     }
     logits = penalised_;
   }
@@ -66,15 +77,42 @@ int32_t Sampler::sample(std::span<const float> logits) {
   return token;
 }
 
+int32_t Sampler::sample(std::span<const Candidate> candidates) {
+  expect_finite(!candidates.empty() && all_finite(candidates));
+  candidates_.assign(candidates.begin(), candidates.end());
+  std::sort(candidates_.begin(), candidates_.end(),
+            [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
+  const auto same = [](const Candidate& a, const Candidate& b) { return a.token == b.token; };
+  candidates_.erase(std::unique(candidates_.begin(), candidates_.end(), same), candidates_.end());
+  const std::span<const int32_t> history = penalised_tokens();
+  for (Candidate& c : candidates_)
+    if (std::find(history.begin(), history.end(), c.token) != history.end()) c.logit = penalised(c.logit);
+  const int32_t token =
+      options_.temperature == 0 ? std::min_element(candidates_.begin(), candidates_.end(), likelier)->token : draw();
+  accept({&token, 1});
+  return token;
+}
+
+// A penalised token's place is taken by the next one: of as many as there can be.
+size_t Sampler::n_candidates() const {
+  const size_t n = options_.temperature == 0 ? 1 : options_.top_k;
+  return n && options_.repeat_penalty != 1 ? n + kPenaltyWindow : n;
+}
+
+std::span<const int32_t> Sampler::penalised_tokens() const {
+  if (options_.repeat_penalty == 1) return {};
+  return history_;
+}
+
+float Sampler::penalised(float logit) const {
+  return logit > 0 ? logit / options_.repeat_penalty : logit * options_.repeat_penalty;
+}
+
 int32_t Sampler::greedy(std::span<const float> logits) const {
   return static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
 }
 
 int32_t Sampler::draw() {
-  // The lower token first where logits are equal: the order, and so the draw, is the same everywhere.
-  const auto likelier = [](const Candidate& a, const Candidate& b) {
-    return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
-  };
   size_t n = candidates_.size();
   if (options_.top_k > 0) n = std::min(n, size_t(options_.top_k));
   std::partial_sort(candidates_.begin(), candidates_.begin() + n, candidates_.end(), likelier);

@@ -44,10 +44,10 @@ Transformer::Transformer(const Model& model, Backend& backend, bool rounded,
   up_ = activations(p_.n_ff);
 }
 
-void Transformer::forward(const Batch& batch, const KvLayout& layout, std::span<float> logits) {
+void Transformer::forward(const Batch& batch, const KvLayout& layout, std::span<float> logits, TopLogits* top) {
   outputs_.take_outputs_of(batch);
   const auto operations = [&](float* out) { run(batch, layout, out); };
-  backend_.forward(batch, outputs_, logits, std::ref(operations));
+  backend_.forward(batch, outputs_, logits, top, std::ref(operations));
 }
 
 void Transformer::run(const Batch& all, const KvLayout& layout, float* logits) {

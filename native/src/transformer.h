@@ -15,8 +15,8 @@ class Transformer {
   Transformer(const Model& model, Backend& backend, bool rounded, const std::function<void(int, int)>& progress);
 
   // Stores the batch's keys and values into the cache and puts the logits of batch.outputs into
-  // logits (n_outputs, n_vocab). At most backend.max_tokens() tokens.
-  void forward(const Batch& batch, const KvLayout& layout, std::span<float> logits);
+  // logits (n_outputs, n_vocab), or what `top` wants of them into it. At most backend.max_tokens() tokens.
+  void forward(const Batch& batch, const KvLayout& layout, std::span<float> logits, TopLogits* top = nullptr);
 
  private:
   struct Layer {

@@ -6,6 +6,8 @@
 #include <span>
 #include <vector>
 
+#include "vptq/candidate.h"
+
 namespace vptq {
 
 struct SamplingOptions {
@@ -18,6 +20,7 @@ struct SamplingOptions {
 };
 
 bool all_finite(std::span<const float> values);
+bool all_finite(std::span<const Candidate> candidates);
 
 class Sampler {
  public:
@@ -31,12 +34,14 @@ class Sampler {
   // tokens, top-k, top-p, min-p, temperature. Throws OptionError where a logit is not finite.
   int32_t sample(std::span<const float> logits);
 
- private:
-  struct Candidate {
-    int32_t token;
-    float logit;
-  };
+  // The same token from a part of the logits: from the n_candidates() largest, of equal ones those of the lower tokens,
+  // and those of the penalised_tokens() that there are. Others do no harm, nor one that stands there twice.
+  int32_t sample(std::span<const Candidate> candidates);
+  size_t n_candidates() const;                        // 0: all logits are needed
+  std::span<const int32_t> penalised_tokens() const;  // as accepted: numbers that are no tokens, too
 
+ private:
+  float penalised(float logit) const;
   int32_t greedy(std::span<const float> logits) const;
   int32_t draw();
 

@@ -165,17 +165,20 @@ void* CudaBackend::grown(Buffer& buffer, size_t bytes, const char* what) {
   return buffer.data;
 }
 
-void CudaBackend::forward(const Batch& batch, const Batch& outputs, std::span<float> logits,
+void CudaBackend::forward(const Batch& batch, const Batch& outputs, std::span<float> logits, TopLogits* top,
                           const std::function<void(float*)>& operations) {
   batches_->upload(batch, outputs, stream_);
   if (batches_->addresses() != addresses_) forget_steps();
   addresses_ = batches_->addresses();
-  auto* out = static_cast<float*>(grown(logits_, logits.size_bytes(), "allocating the logits"));
+  const size_t n_logits = top ? size_t(outputs.n()) * top->n_vocab : logits.size();
+  auto* out = static_cast<float*>(grown(logits_, n_logits * sizeof(float), "allocating the logits"));
   if (batch.n_prompt == 0 && outputs.n() == batch.n() && batch.n() <= kFewTokens)
     play(batch.n(), operations, out);
   else
     operations(out);
-  if (!logits.empty())
+  if (top)
+    top_logits_.read(out, outputs.n(), *top, stream_);
+  else if (!logits.empty())
     check(cudaMemcpyAsync(logits.data(), out, logits.size_bytes(), cudaMemcpyDeviceToHost, stream_),
           "reading the logits");
   check(cudaStreamSynchronize(stream_), "running a step");

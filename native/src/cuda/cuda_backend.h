@@ -13,6 +13,7 @@
 #include "cuda/kernels.h"
 #include "cuda/memory.h"
 #include "cuda/sliced_layers.h"
+#include "cuda/top_logits_reader.h"
 
 namespace vptq::cuda {
 
@@ -52,8 +53,9 @@ class CudaBackend : public Backend {
   const float* vector(const Tensor& weights) override;
   const float* vector(const std::vector<float>& values) override;
 
-  void forward(const Batch& batch, const Batch& outputs, std::span<float> logits,
+  void forward(const Batch& batch, const Batch& outputs, std::span<float> logits, TopLogits* top,
                const std::function<void(float*)>& operations) override;
+  int max_top_logits() const override { return 512; }
   void embed(const Batch& batch, const Tensor& table, float* x) override;
   void rms_norm(const float* x, int n, int d, const float* weight, float eps, float* out) override;
   void apply(std::initializer_list<Projection> projections, const float* x, int n, int n_prompt) override;
@@ -91,6 +93,7 @@ class CudaBackend : public Backend {
   std::unique_ptr<SlicedLayers> sliced_layers_;
   bool slices_ = true;  // layers get slices
   Buffer workspace_, logits_;
+  TopLogitsReader top_logits_;
   std::map<int, Step> steps_;  // by their number of tokens
   int addresses_ = 0;          // of the batches, when they were recorded
 };

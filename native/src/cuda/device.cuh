@@ -34,6 +34,9 @@ VPTQ_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(kAllLanes, value, mask);
 }
 
+// Adds to what lies in the block's shared memory, while others may, too; what lay there before.
+VPTQ_DEVICE uint32_t add_shared(uint32_t* sum, uint32_t value) { return atomicAdd(sum, value); }
+
 // 16-bit floats are uint16_t in memory, two of them a uint32_t, the first in the low half.
 VPTQ_DEVICE float half_to_float(uint16_t h) { return __half2float(__ushort_as_half(h)); }
 VPTQ_DEVICE float bf16_to_float(uint16_t h) { return __uint_as_float(uint32_t{h} << 16); }

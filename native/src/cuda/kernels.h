@@ -35,6 +35,12 @@ void add(float* x, const float* y, size_t n, Stream stream);         // x += y
 // out[i] = x[outputs[i]], rows of d
 void select(const DeviceBatch& batch, int d, const float* x, float* out, Stream stream);
 
+// Of each row of logits (n, n_vocab), as TopLogits wants them: the largest, in any order, and those of `tokens`
+// (n, n_tokens). found (n, n_largest + n_tokens); workspace (n, top_logits_parts(n_vocab), n_largest)
+int top_logits_parts(int n_vocab);
+void top_logits(const float* logits, int n, int n_vocab, int n_largest, const int32_t* tokens, int n_tokens,
+                Candidate* found, Candidate* workspace, Stream stream);
+
 void store_kv(const DeviceBatch& batch, const KvLayout& layout, int layer, const float* k, const float* v,
               Stream stream);
 // Into how many parts a token's positions are split, to keep so many multiprocessors busy. It changes the order of the

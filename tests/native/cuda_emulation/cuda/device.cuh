@@ -52,6 +52,12 @@ VPTQ_DEVICE T shuffle_xor(T value, int mask) {
   return shuffle(value, emulation::lane() ^ mask);
 }
 
+VPTQ_DEVICE uint32_t add_shared(uint32_t* sum, uint32_t value) {
+  const uint32_t before = *sum;
+  *sum += value;
+  return before;
+}
+
 VPTQ_DEVICE float half_to_float(uint16_t h) { return emulation::half_to_float(h); }
 VPTQ_DEVICE float bf16_to_float(uint16_t h) { return std::bit_cast<float>(uint32_t{h} << 16); }
 VPTQ_DEVICE uint16_t float_to_half(float f) { return emulation::float_to_half(f); }
