@@ -51,7 +51,7 @@ class Sampler:
     def sample(self, logits: NDArray[np.float32]) -> int:
         """Draws a token from logits (n_vocab,) and adds it to the history."""
     def sample_candidates(self, tokens: Sequence[int], logits: Sequence[float]) -> int:
-        """The same token from a part of the logits: the n_candidates largest, and those of penalised_tokens."""
+        """The same token from a part of the logits: the n_candidates largest, and the penalised ones."""
     @property
     def n_candidates(self) -> int:
         """0: all logits are needed."""

@@ -109,3 +109,53 @@ def test_options_out_of_range(option: str, value: float) -> None:
 def test_logits_that_cannot_be_sampled(logits: list[float]) -> None:
     with pytest.raises(OptionError, match="expected finite numbers"):
         _native.Sampler(**OFF).sample(np.array(logits, np.float32))
+
+
+def from_candidates(sampler: _native.Sampler, logits: NDArray[np.float32], rng: np.random.Generator) -> int:
+    """What sample(logits) is to draw: from the logits that the sampler asks for, in any order."""
+    largest = np.lexsort((np.arange(logits.size), -logits))[: sampler.n_candidates]
+    penalised = [token for token in sampler.penalised_tokens if 0 <= token < logits.size]
+    tokens = rng.permutation([*largest.tolist(), *penalised]).tolist()
+    return sampler.sample_candidates(tokens, logits[tokens].tolist())
+
+
+@pytest.mark.parametrize("repeat_penalty", [1.0, 1.3, 0.7, 1e30])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"top_k": 1},
+        {"top_k": 5, "temperature": 3.0},
+        {"top_k": 40, "top_p": 0.9, "min_p": 0.02},
+        {"top_k": 1000},
+    ],
+)
+def test_candidates_draw_what_all_logits_draw(options: dict[str, float], repeat_penalty: float) -> None:
+    rng = np.random.default_rng(1)
+    for seed in range(4):
+        a, b = (
+            _native.Sampler(**(OFF | options | {"repeat_penalty": repeat_penalty, "seed": seed}))
+            for _ in range(2)
+        )
+        for sampler in (a, b):
+            sampler.accept([-1, 499, 500, 2**31 - 1])
+        for _ in range(50):
+            logits = rng.normal(size=500).astype(np.float32)
+            if seed % 2:  # many ties, 0 and -0 among them
+                logits = np.round(logits)
+            assert a.sample(logits) == from_candidates(b, logits, rng)
+
+
+def test_how_many_candidates() -> None:
+    def n(**options: float) -> int:
+        return _native.Sampler(**(OFF | options)).n_candidates
+
+    assert n() == n(repeat_penalty=1.1) == 0  # all
+    assert n(temperature=0.0) == n(top_k=1) == 1
+    assert n(top_k=40, repeat_penalty=1.1) == 40 + 64
+
+
+@pytest.mark.parametrize("logits", [[], [1, np.nan], [np.inf, 0], [-np.inf]])
+def test_candidates_that_cannot_be_sampled(logits: list[float]) -> None:
+    with pytest.raises(OptionError, match="expected finite numbers"):
+        _native.Sampler(**OFF).sample_candidates(list(range(len(logits))), logits)
