@@ -1,13 +1,14 @@
-"""What only a GPU has: that it is found or not, that a model fits or not, and that steps are recorded
-and sampled from a part of their logits."""
+"""What only a GPU has: that it is found or not, that a model fits or not, recorded steps, sampling."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from gpu import need_gpu
-from tiny_gguf import KEYS, tensors, write
+from numpy.typing import NDArray
+from tiny_gguf import KEYS, N_EMBD, tensors, write
 
 from vptq_runtime import Runtime, _native, demo_path
 from vptq_runtime.errors import FileError, OutOfMemoryError, UnsupportedError
@@ -82,54 +83,6 @@ class TestOnAGpu:
         logits = [on_gpu.logits(sequence, [7]) for sequence in sequences]
         assert np.array_equal(logits[0], logits[1]) and np.array_equal(logits[0], logits[2])
 
-    def test_samples_as_from_all_logits(self, on_gpu: _native.Context) -> None:
-        """A sampler that needs all logits makes the host sample for the others of its batch, too."""
-        options: list[dict[str, float]] = [
-            {"temperature": 0.9, "top_k": 40, "repeat_penalty": 1.3, "seed": 3},
-            {"temperature": 0.0, "repeat_penalty": 1.1},
-            {"temperature": 2.0, "top_k": 400, "seed": 4},
-        ]
-
-        def generate(*, from_all: bool) -> list[list[int]]:
-            samplers = [_native.Sampler(**GREEDY | o) for o in options]
-            sequences = [on_gpu.new_sequence(40) for _ in range(4 if from_all else 3)]
-            if from_all:
-                samplers.append(_native.Sampler(**GREEDY | {"temperature": 1.0}))
-            fed = [[1], [5, 9], [7], [1]][: len(sequences)]
-            tokens = []
-            for step in range(32):
-                prompts = [step == 0 and len(feed) > 1 for feed in fed]  # another order in the batch
-                fed = [[token] for token in on_gpu.step(sequences, fed, samplers, prompts)]
-                tokens.append([feed[0] for feed in fed[:3]])
-            return tokens
-
-        assert generate(from_all=False) == generate(from_all=True)
-
-    def test_a_sampler_of_two_sequences(self, on_gpu: _native.Context) -> None:
-        def generate(n_others: int) -> list[int]:
-            sampler = _native.Sampler(**GREEDY | {"temperature": 1.0, "top_k": 2, "repeat_penalty": 0.01})
-            others = [_native.Sampler(**GREEDY | {"temperature": 1.0}) for _ in range(n_others)]
-            sequences = [on_gpu.new_sequence(9) for _ in range(2 + n_others)]
-            n = len(sequences)
-            return [
-                token
-                for _ in range(8)
-                for token in on_gpu.step(sequences, [[1]] * n, [sampler, sampler, *others])[:2]
-            ]
-
-        assert generate(0) == generate(1)
-
-    def test_logits_that_are_not_finite(self, tmp_path: Path) -> None:
-        need_gpu()
-        arrays = tensors()
-        arrays["blk.0.ffn_up.weight"][3, 4] = np.nan
-        model = _native.Model(str(write(tmp_path / "nan.gguf", KEYS, arrays)))
-        context = _native.Context(model, device="cuda", n_ctx=32, n_threads=1, kv_type="f32")
-        sequence = context.new_sequence(2)
-        with pytest.raises(FileError, match=r"nan\.gguf: the logits are not finite"):
-            context.step([sequence], [[1, 2]], [_native.Sampler(**GREEDY)])
-        assert context.length(sequence) == 0
-
     def test_memory_of_200_steps(self, on_gpu: _native.Context) -> None:
         sequence = on_gpu.new_sequence(250)
         tokens = [1]
@@ -152,3 +105,67 @@ class TestOnAGpu:
         found = context("auto")
         assert found.device.startswith("cpu (")
         assert "GiB, 0.00 GiB are available" in found.why_not_cuda
+
+
+@pytest.mark.gpu
+class TestSampling:
+    """From what a step reads of its logits, as from all of them."""
+
+    @pytest.fixture
+    def tiny(self, tmp_path: Path) -> _native.Context:
+        return self.context(tmp_path, tensors())
+
+    @staticmethod
+    def context(directory: Path, arrays: dict[str, NDArray[Any]]) -> _native.Context:
+        need_gpu()
+        n_vocab = 600  # more than any sampler here needs
+        embeddings = np.random.default_rng(0).normal(size=(n_vocab, N_EMBD)).astype(np.float16)
+        keys, arrays = KEYS | {"llama.vocab_size": n_vocab}, arrays | {"token_embd.weight": embeddings}
+        model = _native.Model(str(write(directory / "tiny.gguf", keys, arrays)))
+        return _native.Context(model, device="cuda", n_ctx=64, n_threads=1, kv_type="f32")
+
+    def test_samples_as_from_all_logits(self, tiny: _native.Context) -> None:
+        """A sampler that needs all logits makes the host sample for the others of its batch, too."""
+        options: list[dict[str, float]] = [
+            {"temperature": 0.9, "top_k": 40, "repeat_penalty": 1.3, "seed": 3},
+            {"temperature": 0.0, "repeat_penalty": 1.1},
+            {"temperature": 2.0, "top_k": 400, "seed": 4},
+        ]
+
+        def generate(*, from_all: bool) -> list[list[int]]:
+            samplers = [_native.Sampler(**GREEDY | o) for o in options]
+            sequences = [tiny.new_sequence(40) for _ in range(4 if from_all else 3)]
+            if from_all:
+                samplers.append(_native.Sampler(**GREEDY | {"temperature": 1.0}))
+            fed = [[1], [5, 9], [7], [1]][: len(sequences)]
+            tokens = []
+            for step in range(32):
+                prompts = [step == 0 and len(feed) > 1 for feed in fed]  # another order in the batch
+                fed = [[token] for token in tiny.step(sequences, fed, samplers, prompts)]
+                tokens.append([feed[0] for feed in fed[:3]])
+            return tokens
+
+        assert generate(from_all=False) == generate(from_all=True)
+
+    def test_a_sampler_of_two_sequences(self, tiny: _native.Context) -> None:
+        def generate(n_others: int) -> list[int]:
+            sampler = _native.Sampler(**GREEDY | {"temperature": 1.0, "top_k": 2, "repeat_penalty": 0.01})
+            others = [_native.Sampler(**GREEDY | {"temperature": 1.0}) for _ in range(n_others)]
+            sequences = [tiny.new_sequence(9) for _ in range(2 + n_others)]
+            n = len(sequences)
+            return [
+                token
+                for _ in range(8)
+                for token in tiny.step(sequences, [[1]] * n, [sampler, sampler, *others])[:2]
+            ]
+
+        assert generate(0) == generate(1)
+
+    def test_logits_that_are_not_finite(self, tmp_path: Path) -> None:
+        arrays = tensors()
+        arrays["blk.0.ffn_up.weight"][3, 4] = np.nan
+        context = self.context(tmp_path, arrays)
+        sequence = context.new_sequence(2)
+        with pytest.raises(FileError, match=r"tiny\.gguf: the logits are not finite"):
+            context.step([sequence], [[1, 2]], [_native.Sampler(**GREEDY)])
+        assert context.length(sequence) == 0
