@@ -183,9 +183,9 @@ class Operations:
         n_head_kv: int,
         window: int,
         kv_type: str,
-        prompt: bool = True,
+        prompt: bool = False,
     ) -> Array:
-        """Of the last tokens, all of them parts of a prompt, or all generated."""
+        """Of the last tokens, all of them parts of a prompt (which may be rounded), or all generated."""
 
 def cpu_isas() -> list[str]:
     """Instruction sets that this build has and this processor can run, best first; the last is generic."""

@@ -293,7 +293,7 @@ void bind_operations(nb::module_& m) {
       .def("top_logits", &Operations::top_logits, nb::arg("logits"), nb::arg("n_largest"), nb::arg("tokens"))
       .def("rope", &Operations::rope, nb::arg("x"), nb::arg("n_head"), nb::arg("positions"), nb::arg("inv_freq"))
       .def("attention", &Operations::attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("n_head"),
-           nb::arg("n_head_kv"), nb::arg("window"), nb::arg("kv_type"), nb::arg("prompt") = true)
+           nb::arg("n_head_kv"), nb::arg("window"), nb::arg("kv_type"), nb::arg("prompt") = false)
       .def_static(
           "dequantize",
           [](const RawTensors& tensors, int in_features, int out_features) {

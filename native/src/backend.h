@@ -43,7 +43,7 @@ struct Batch {
   std::vector<int32_t> first_block;  // (n_sequences)
   std::vector<std::byte*> blocks;
   std::vector<int32_t> outputs;  // the tokens, by index, ascending, whose logits are wanted
-  int n_prompt = 0;              // the first so many tokens are parts of prompts
+  int n_prompt = 0;              // the first so many tokens are parts of prompts, and may be rounded
 
   int n() const { return static_cast<int>(tokens.size()); }
 

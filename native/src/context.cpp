@@ -33,7 +33,7 @@ struct Context::State {
               n_ctx) {
     const size_t weights = backend->weight_memory(*model, cache.bytes(n_ctx));
     cache.check_memory(n_ctx, weights);
-    const bool rounded = options.precision == "auto" && backend->rounding_pays();
+    rounded = options.precision == "auto" && backend->rounding_pays();
     transformer = std::make_unique<Transformer>(*model, *backend, rounded, options.progress);
     if (weights) model->file().drop_pages();  // they are on the device
   }
@@ -69,7 +69,7 @@ struct Context::State {
     for (const bool prompt : {true, false}) {
       for (size_t s = 0; s < feeds.size(); ++s)
         if (feeds[s].prompt == prompt) append(feeds[s], s, want);
-      if (prompt) batch.n_prompt = batch.n();
+      if (prompt) batch.n_prompt = rounded ? batch.n() : 0;
     }
   }
 
@@ -149,6 +149,7 @@ struct Context::State {
 
   std::shared_ptr<const Model> model;
   int n_ctx;
+  bool rounded;  // prompts, to 16 bits
   std::string why_not_cuda;
   std::unique_ptr<Backend> backend;
   KvCache cache;

@@ -69,6 +69,7 @@ def attention_of(
     v: NDArray[np.float32],
     window: int,
     kv_type: str,
+    prompt: bool = False,
 ) -> NDArray[np.float32]:
     """The arrays have the heads as an axis of their own."""
     found = operations.attention(
@@ -79,6 +80,7 @@ def attention_of(
         k.shape[1],
         window,
         kv_type,
+        prompt,
     )
     return found.reshape(q.shape)
 
@@ -105,6 +107,26 @@ def test_attention(
     k, v = rng.normal(size=(2, n_tokens, n_head_kv, head_dim)).astype(np.float32)
     found = attention_of(operations, q, k, v, window, kv_type)
     assert attention_error(found, q, k, v, window, kv_type) < 1e-6
+
+
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
+def test_attention_of_prompts(
+    operations: _native.Operations, kv_type: str, heads: tuple[int, int, int], window: int
+) -> None:
+    """They may be rounded to 16 bits; cut anywhere, they give the same numbers."""
+    n_head, n_head_kv, head_dim = heads
+    if kv_type == "q8_0":
+        head_dim = 32 * -(-head_dim // 32)
+    rng = np.random.default_rng(head_dim)
+    q = (3 * rng.normal(size=(100, n_head, head_dim))).astype(np.float32)
+    k, v = rng.normal(size=(2, 131, n_head_kv, head_dim)).astype(np.float32)
+    found = attention_of(operations, q, k, v, window, kv_type, prompt=True)
+    assert attention_error(found, q, k, v, window, kv_type) < 1e-3
+    end = 131 - 100 + 37
+    piece = attention_of(operations, q[5:37], k[:end], v[:end], window, kv_type, prompt=True)
+    assert np.array_equal(piece, found[5:37])
 
 
 @pytest.mark.parametrize("window", [0, 700])
