@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads)
     prepare_kernel(VqLayer layer, int n_outliers, const float* __restrict__ x, HalfActivations out) {
   const float* xt = x + int64_t{blockIdx.x} * layer.in_features;
   const auto value = [&](int c) {
-    const int i = input_of_column(layer, c);
+    const int i = layer.perm ? layer.perm[c] : c;
     return layer.scale ? xt[i] * layer.scale[i] : xt[i];
   };
   uint32_t largest = 0;  // as bits, whose order is that of absolute values, infinity and then NaN at the end
