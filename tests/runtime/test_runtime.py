@@ -425,9 +425,12 @@ def test_the_gil_is_released(runtime: Runtime) -> None:
         thread.start()
         sequence = context.new_sequence(1024)
         before = ticks
-        for _ in range(8):
+        for _ in range(1000):  # a call is short: on a busy machine the other thread may miss many of them
+            context.truncate(sequence, 0)
             context.prefill([sequence], [prompt])
-        during = ticks - before
+            during = ticks - before
+            if during:
+                break
     finally:
         done.set()
         sys.setswitchinterval(interval)
