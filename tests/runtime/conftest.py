@@ -10,10 +10,12 @@ import pytest
 from checkpoints import read_tensors, write_checkpoint
 from configurations import ARCHITECTURES, CONFIGURATIONS, EOS_IDS
 from safetensors.torch import save_file
+from tiny_bench import TINY
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from vptq_converter.convert import convert
 
-from vptq_runtime import Runtime
+from vptq_runtime import Runtime, machine
+from vptq_runtime.shapes import SHAPES
 
 # Changes of a checkpoint's JSON files: file name -> entries to set.
 Changes = Mapping[str, Mapping[str, Any]]
@@ -96,3 +98,10 @@ def changed_model(checkpoint: Path, tmp_path: Path) -> Callable[[Changes], Path]
 def runtime(model: Path) -> Iterator[Runtime]:
     with Runtime(model, device="cpu") as runtime:
         yield runtime
+
+
+@pytest.fixture
+def tiny_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vptq-bench knows a tiny shape, and measures the memory's bandwidth in no time."""
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
+    monkeypatch.setattr(machine, "READ_BYTES", 1 << 20)

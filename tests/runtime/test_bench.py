@@ -14,25 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu import need_gpu
+from tiny_bench import HEADINGS, QUANT, SYNTHETIC, TINY, cells
 from tiny_gguf import HEAD_DIM, KEYS, N_EMBD, N_FF, N_VOCAB, tensors, write
 
-from vptq_runtime import _native, bench, machine, speed, synthetic
+from vptq_runtime import _native, bench, speed, synthetic
 from vptq_runtime.errors import OptionError
-from vptq_runtime.shapes import SHAPES, Shape, find_shape
+from vptq_runtime.shapes import SHAPES, find_shape
 from vptq_runtime.speed import GREEDY, LAST_FOR_ALL, Measured, ModelFacts, SpeedTest, extrapolated
 from vptq_runtime.synthetic import QUANTS, Quant, SyntheticModel
 
-TINY = Shape(3, 64, 96, 4, 2, 160, 256, 1e4, head_dim=16)
-QUANT = "v6-k256-16"  # neither 64, 96 nor 32 output features are whole vectors of 6; indices of 12 bits
-SYNTHETIC = ["--synthetic", "tiny", "--quant", QUANT]
-HEADINGS = ["model", "size", "quant", "threads", "test", "tok/s", "read/token", "of bandwidth"]
-
-
-@pytest.fixture(autouse=True)
-def tiny_world(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SHAPES, "tiny", TINY)
-    monkeypatch.setattr(machine, "READ_BYTES", 1 << 20)  # the real one takes its time
+pytestmark = pytest.mark.usefixtures("tiny_world")
 
 
 def run(*arguments: str) -> int:
@@ -288,15 +279,6 @@ def test_configurations_of_a_file(tmp_path: Path) -> None:
         assert ModelFacts.of_model(_native.Model(str(file)), "name", "f16").quant in expected
 
 
-def cells(table: str, border: str) -> list[list[str]]:
-    """Of each line that has columns."""
-    return [
-        [cell.strip() for cell in line.strip(border).split(border)]
-        for line in table.replace("┃", "│").splitlines()
-        if line.startswith(border)
-    ]
-
-
 @pytest.mark.parametrize(("option", "border"), [([], "│"), (["--md"], "|")], ids=["plain", "md"])
 def test_table(option: list[str], border: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*option, "-r", "2") == 0
@@ -464,101 +446,6 @@ def test_too_large_for_memory(
     path = write(tmp_path / "model.gguf", KEYS, tensors())
     assert bench.main(["-m", str(path), "--device", "cpu", "-n", str(10**9)]) == 1
     assert re.match(r"vptq-bench: error: model.gguf, 1 layers: needs .* GiB", capsys.readouterr().err)
-
-
-class FakeGpu:
-    """Stands for _native.Gpu."""
-
-    description = "cuda (fake)"
-    total_memory = 140 << 30
-    available_memory = 130 << 30
-
-    def copy_bandwidth(self) -> float:
-        return 4e12
-
-
-@pytest.fixture
-def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeGpu]:
-    monkeypatch.setattr(_native, "Gpu", FakeGpu)
-    return FakeGpu
-
-
-@pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_no_threads_on_a_gpu(
-    device: str, fake_gpu: type[FakeGpu], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert bench.main([*SYNTHETIC, "--device", device, "-t", "2"]) == 2
-    assert "--threads: found a number of the CPU's, expected none on a GPU" in capsys.readouterr().err
-
-
-def test_too_large_for_a_gpu(
-    fake_gpu: type[FakeGpu], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Refused by the GPU's memory, and of a synthetic model also by the host's, which has its file."""
-
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("made all the same")
-
-    monkeypatch.setattr(synthetic, "_empty_file", never)
-    monkeypatch.setattr(_native, "Context", never)
-    monkeypatch.setattr(_native, "available_memory", lambda: 80 << 30)
-    large = ["--synthetic", "llama-3.1-405b", "--quant", "v16-k65536-1024", "--device", "cuda"]
-    assert bench.main(large) == 1
-    error = capsys.readouterr().err
-    assert re.search(r"needs \d+\.\d\d GiB of host memory \(model [^,]*\), 80.00 GiB are available", error)
-    monkeypatch.setattr(fake_gpu, "available_memory", 70 << 30)
-    assert bench.main(large) == 1
-    assert re.search(
-        r"405b, 126 layers: needs \d+\.\d\d GiB of GPU memory \(model .*, KV cache of 512 tokens .*\), "
-        r"70.00 GiB are available: --layers N measures N of them\n",
-        capsys.readouterr().err,
-    )
-
-
-def test_report_of_a_gpu(
-    fake_gpu: type[FakeGpu], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def measure(*_: object, **options: Any) -> Measured:
-        assert options["device"] == "cuda"
-        monkeypatch.setattr(fake_gpu, "available_memory", 128 << 30)
-        test = SpeedTest("tg", 5, 0)
-        return Measured("cuda (fake)", 512, 0.5, {test: [0.5]}, options["peak_memory"]())
-
-    monkeypatch.setattr(speed, "measure", measure)
-    assert bench.main([*SYNTHETIC, "--device", "cuda", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["peak_memory_bytes"] == 2 << 30
-    assert report["system"]["memory_bytes"] == 140 << 30
-    assert report["system"]["copy_bandwidth"] == 4e12 and "read_bandwidth" not in report["system"]
-    [result] = report["results"]
-    assert result["threads"] is None
-    assert result["bandwidth_share"] == result["bytes_per_token"] * 10 / 4e12
-    monkeypatch.setattr(fake_gpu, "available_memory", 130 << 30)
-    assert bench.main([*SYNTHETIC, "--device", "cuda", "--md"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("cuda (fake), 140.00 GiB memory, 130.00 GiB available; host: ")
-    assert lines[1] == f"memory bandwidth: 4000.0 GB/s ({machine.COPY_METHOD})"
-    header, _, row = cells("\n".join(lines), "|")
-    assert header == [heading for heading in HEADINGS if heading != "threads"]
-    assert row[3:5] == ["tg5", "10.00 ± 0.00"]
-    assert lines[-1] == "load 0.50 s, peak GPU memory 2.00 GiB"
-
-
-@pytest.mark.gpu
-def test_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    need_gpu()
-    gpu = _native.Gpu()
-    options = [*SYNTHETIC, "--device", "cuda", "-p", "20", "-n", "5", "-b", "1,3", "-r", "1", "--json"]
-    for layers in ([], ["--layers", "2"]):
-        assert bench.main([*options, *layers]) == 0
-        report = json.loads(capsys.readouterr().out)
-        assert [result["test"] for result in report["results"]] == ["pp20", "tg5", "tg5x3"]
-        assert all(result["tok_s"] > 0 for result in report["results"])
-        system = report["system"]
-        assert system["device"] == gpu.description
-        assert 0 < system["available_bytes"] <= system["memory_bytes"] == gpu.total_memory
-        assert system["copy_bandwidth"] > 0
-        assert report["peak_memory_bytes"] > 0
 
 
 def test_no_room_for_the_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
