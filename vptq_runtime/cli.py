@@ -225,22 +225,23 @@ def _loading_bar() -> Iterator[Callable[[int, int], None] | None]:
     if not sys.stderr.isatty():
         yield None
         return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    bar = Progress(console=Console(stderr=True), transient=True)
-    task = bar.add_task("Loading layers")
     begin = time.monotonic()
+    with contextlib.ExitStack() as shown:
+        show: Callable[[int, int], None] | None = None
 
-    def progress(done: int, total: int) -> None:
-        if time.monotonic() - begin > SILENT_LOAD_S:
-            bar.start()
-        bar.update(task, completed=done, total=total)
+        def progress(done: int, total: int) -> None:
+            nonlocal show
+            if show is None and time.monotonic() - begin > SILENT_LOAD_S:
+                from rich.console import Console
+                from rich.progress import Progress
 
-    try:
+                bar = shown.enter_context(Progress(console=Console(stderr=True), transient=True))
+                task = bar.add_task("Loading layers")
+                show = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+            if show is not None:
+                show(done, total)
+
         yield progress
-    finally:
-        bar.stop()
 
 
 def _prompt(arguments: argparse.Namespace) -> str | None:

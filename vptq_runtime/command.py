@@ -24,7 +24,7 @@ def add_backend_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         default="auto",
-        help="auto: prompts in 16-bit integers where that pays; f32: all in float32 (default: %(default)s)",
+        help="auto: prompts in 16-bit numbers where that pays; f32: all in float32 (default: %(default)s)",
     )
 
 
