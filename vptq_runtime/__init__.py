@@ -5,12 +5,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from vptq_runtime.errors import FileError, OptionError, OutOfMemoryError, UnsupportedError, VPTQError
+from vptq_runtime.errors import (
+    DeviceError,
+    FileError,
+    OptionError,
+    OutOfMemoryError,
+    UnsupportedError,
+    VPTQError,
+)
 
 if TYPE_CHECKING:
     from vptq_runtime.runtime import Generation, Runtime
 
 __all__ = [
+    "DeviceError",
     "FileError",
     "Generation",
     "OptionError",
