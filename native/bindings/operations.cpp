@@ -110,7 +110,7 @@ class Operations {
   Array2 linear(const RawTensors& tensors, int out_features, const In& x, int n_prompt) {
     expect(x.ndim() == 2 && x.shape(0) >= 1, "x: expected shape (n, in_features)");
     expect(n_prompt >= 0 && size_t(n_prompt) <= x.shape(0), "n_prompt: expected 0 to n");
-    const Layer layer(tensors, int(x.shape(1)), out_features);
+    const Layer layer(kept(tensors), int(x.shape(1)), out_features);
     const auto ready = backend_->linear(layer.weights(), n_prompt > 0);
     float* y = arrays_.make(x.shape(0) * out_features);
     backend_->apply({{*ready, y}}, arrays_.copy(x), int(x.shape(0)), n_prompt);
@@ -127,7 +127,7 @@ class Operations {
     std::deque<Layer> layers;
     std::vector<std::unique_ptr<Linear>> ready;
     for (const RawTensors& raw : tensors) {
-      layers.emplace_back(raw, int(x.shape(1)), out_features);
+      layers.emplace_back(kept(raw), int(x.shape(1)), out_features);
       ready.push_back(backend_->linear(layers.back().weights(), n_prompt > 0));
     }
     const float* in = arrays_.copy(x);
@@ -153,7 +153,7 @@ class Operations {
   std::array<Array2, 3> linears(const std::array<RawTensors, 3>& tensors, const std::array<int, 3>& out, const In& x) {
     expect(x.ndim() == 2 && x.shape(0) >= 1, "x: expected shape (n, in_features)");
     const int n = int(x.shape(0)), in = int(x.shape(1));
-    const Layer a(tensors[0], in, out[0]), b(tensors[1], in, out[1]), c(tensors[2], in, out[2]);
+    const Layer a(kept(tensors[0]), in, out[0]), b(kept(tensors[1]), in, out[1]), c(kept(tensors[2]), in, out[2]);
     const auto la = backend_->linear(a.weights(), false), lb = backend_->linear(b.weights(), false),
                lc = backend_->linear(c.weights(), false);
     float *ya = arrays_.make(n * out[0]), *yb = arrays_.make(n * out[1]), *yc = arrays_.make(n * out[2]);
@@ -162,7 +162,7 @@ class Operations {
   }
 
   Array2 embed(const RawTensor& table, const std::vector<int32_t>& tokens) {
-    const Tensor t = to_tensor("table", table);
+    const Tensor t = to_tensor("table", kept({{"table", table}}).at("table"));
     const Tensor there = backend_->table(t);
     float* x = arrays_.make(tokens.size() * t.shape[1]);
     step(batch_of(tokens), [&](const Batch& batch) { backend_->embed(batch, there, x); });
@@ -253,6 +253,9 @@ class Operations {
   }
 
  private:
+  // A backend may know weights by where they lie: as a model's, they outlive it.
+  const RawTensors& kept(const RawTensors& tensors) { return kept_.emplace_back(tensors); }
+
   template <class Operation>
   void step(const Batch& batch, const Operation& operation) {
     Batch outputs;
@@ -260,6 +263,7 @@ class Operations {
     backend_->forward(batch, outputs, {}, nullptr, [&](float*) { operation(batch); });
   }
 
+  std::deque<RawTensors> kept_;
   std::unique_ptr<Backend> backend_;
   Arrays arrays_;
 };

@@ -185,9 +185,10 @@ void CudaBackend::forward(const Batch& batch, const Batch& outputs, std::span<fl
 }
 
 void CudaBackend::play(int n, const std::function<void(float*)>& operations, float* out) {
-  const auto [known, fresh] = steps_.try_emplace(n);
-  if (fresh) {
+  const auto known = steps_.find(n);
+  if (known == steps_.end()) {
     operations(out);
+    steps_[n];  // only now: it may have failed, or grown a buffer
     return;
   }
   if (!known->second.graph) {

@@ -9,19 +9,12 @@
 
 #include "cuda/slices.h"
 #include "indices.h"
+#include "testing.h"
 
 using namespace vptq;
 using namespace vptq::cuda;
 
 namespace {
-
-#define EXPECT(condition)                                                      \
-  do {                                                                         \
-    if (!(condition)) {                                                        \
-      std::fprintf(stderr, "%s:%d: not %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                            \
-    }                                                                          \
-  } while (false)
 
 constexpr size_t kSharedBytes[] = {227 << 10, 163 << 10, 99 << 10};
 
