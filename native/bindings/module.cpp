@@ -199,9 +199,9 @@ NB_MODULE(_native, m) {
   nb::class_<Context>(m, "Context")
       .def(
           "__init__",
-          [](Context* self, std::shared_ptr<Model> model, const std::string& device, int n_ctx, int n_threads,
-             const std::string& kv_type, const std::string& precision, const nb::object& progress) {
-            vptq::ContextOptions options{device, n_ctx, n_threads, kv_type, precision, {}};
+          [](Context* self, std::shared_ptr<Model> model, const std::string& device, int gpu_layers, int n_ctx,
+             int n_threads, const std::string& kv_type, const std::string& precision, const nb::object& progress) {
+            vptq::ContextOptions options{device, gpu_layers, n_ctx, n_threads, kv_type, precision, {}};
             if (!progress.is_none())
               options.progress = [&](int done, int all) {
                 const nb::gil_scoped_acquire acquire;
@@ -210,8 +210,8 @@ NB_MODULE(_native, m) {
             const nb::gil_scoped_release release;
             new (self) Context(std::move(model), options);
           },
-          nb::arg("model"), nb::kw_only(), nb::arg("device"), nb::arg("n_ctx"), nb::arg("n_threads"),
-          nb::arg("kv_type"), nb::arg("precision") = "auto", nb::arg("progress") = nb::none())
+          nb::arg("model"), nb::kw_only(), nb::arg("device"), nb::arg("gpu_layers") = -1, nb::arg("n_ctx"),
+          nb::arg("n_threads"), nb::arg("kv_type"), nb::arg("precision") = "auto", nb::arg("progress") = nb::none())
       .def_prop_ro("device", &Context::device)
       .def_prop_ro("why_not_cuda", &Context::why_not_cuda)
       .def_prop_ro("available_memory", &Context::available_memory)
@@ -230,7 +230,7 @@ NB_MODULE(_native, m) {
   nb::class_<vptq::Backend>(m, "Gpu")
       .def(nb::new_([] {
         const nb::gil_scoped_release release;
-        return vptq::make_cuda_backend();
+        return vptq::make_cuda_backend(0);
       }))
       .def_prop_ro("description", &vptq::Backend::description)
       .def_prop_ro("total_memory", &vptq::Backend::total_memory)

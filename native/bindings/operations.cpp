@@ -104,7 +104,7 @@ Batch batch_of(const std::vector<std::byte*>& blocks, int first, int n) {
 class Operations {
  public:
   Operations(const std::string& isa, int n_threads)
-      : backend_(isa == "cuda" ? make_cuda_backend() : std::make_unique<cpu::CpuBackend>(n_threads, isa)),
+      : backend_(isa == "cuda" ? make_cuda_backend(0) : std::make_unique<cpu::CpuBackend>(n_threads, isa)),
         arrays_(*backend_) {}
 
   Array2 linear(const RawTensors& tensors, int out_features, const In& x, int n_prompt) {
@@ -234,16 +234,16 @@ class Operations {
                           : kv_type == "f32" ? DType::f32
                                              : DType::f16};
     expect(layout.type != DType::q8_0 || head_dim % kQ8Block == 0, "q8_0: expected head_dim a multiple of 32");
-    KvCache cache(*backend_, layout, n_tokens);
+    KvCache cache({{*backend_, layout}}, n_tokens);
     const int id = cache.new_sequence(n_tokens), at_once = backend_->max_tokens();
     const float *keys = arrays_.copy(k), *values = arrays_.copy(v), *queries = arrays_.copy(q);
     float* out = arrays_.make(q.size());
     for (int i = 0; i < n_tokens; i += at_once)
-      step(batch_of(cache.blocks(id), i, std::min(at_once, n_tokens - i)), [&](const Batch& batch) {
+      step(batch_of(cache.blocks(id, 0), i, std::min(at_once, n_tokens - i)), [&](const Batch& batch) {
         backend_->store_kv(batch, layout, 1, keys + i * k.shape(1), values + i * k.shape(1));
       });
     for (int i = 0; i < n; i += at_once) {
-      Batch batch = batch_of(cache.blocks(id), n_tokens - n + i, std::min(at_once, n - i));
+      Batch batch = batch_of(cache.blocks(id, 0), n_tokens - n + i, std::min(at_once, n - i));
       if (prompt) batch.n_prompt = batch.n();
       step(batch, [&](const Batch& batch) {
         backend_->attention(batch, layout, 1, n_head, window, queries + i * q.shape(1), out + i * q.shape(1));

@@ -32,6 +32,7 @@ struct KvLayout {
   }
   size_t layer_bytes() const { return 2 * n_head_kv * head_bytes(); }
   size_t block_bytes() const { return n_layer * layer_bytes(); }
+  static int64_t blocks_for(int64_t n_tokens) { return (n_tokens + kBlockTokens - 1) / kBlockTokens; }
 };
 
 // New tokens of one or more sequences, fed together. Sequence s has the blocks
@@ -95,10 +96,8 @@ class Backend {
 
   virtual std::string description() const = 0;  // "cpu (avx512, 2 threads)"
   virtual size_t available_memory() const = 0;  // bytes that could still be allocated
-  // Bytes that the model's weights will take, where so many others are to be allocated after them.
-  virtual size_t weight_memory(const Model& model, size_t others) = 0;
-  virtual int max_tokens() const = 0;      // of a batch
-  virtual bool rounding_pays() const = 0;  // linear layers are faster in 16-bit numbers than in float32
+  virtual int max_tokens() const = 0;           // of a batch
+  virtual bool rounding_pays() const = 0;       // linear layers are faster in 16-bit numbers than in float32
 
   // Of a device with memory of its own, for those who measure it: its bytes, free or not, and the rate of large copies
   // within it, bytes read and written a second.
@@ -110,6 +109,10 @@ class Backend {
   // Between the backend's memory and the host's; what was asked for before is done.
   virtual void write(std::byte* to, const void* host, size_t bytes) = 0;
   virtual void read(const std::byte* from, void* host, size_t bytes) = 0;
+
+  // Bytes that a layer can take beside its weights, at most, to be faster; and how many all layers together may take.
+  virtual size_t extra_memory(const LinearWeights&) const { return 0; }
+  virtual void allow_extra_memory(size_t) {}
 
   // Weights made ready for the operations below. The model outlives the backend: a backend may use them in place.
   // rounded: to be applied to prompts in 16-bit numbers, where these weights allow it.
@@ -150,7 +153,8 @@ class Backend {
 };
 
 std::unique_ptr<Backend> make_cpu_backend(int n_threads);  // 0: the physical cores
-// Throws UnsupportedError, which says why, where there is no GPU, driver or library for it.
-std::unique_ptr<Backend> make_cuda_backend();
+// Both throw UnsupportedError, which says why, where there is no GPU, driver or library for it.
+int cuda_device_count();
+std::unique_ptr<Backend> make_cuda_backend(int device);  // from 0 to cuda_device_count() - 1
 
 }  // namespace vptq

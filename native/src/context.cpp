@@ -1,8 +1,10 @@
 #include "vptq/context.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "kv_cache.h"
+#include "placement.h"
 #include "transformer.h"
 #include "vptq/error.h"
 
@@ -23,19 +25,38 @@ DType kv_type_of(const std::string& name, int head_dim) {
 struct Context::State {
   enum class Want { none, last, all };  // whose logits
 
-  State(std::shared_ptr<const Model> m, std::unique_ptr<Backend> device, const ContextOptions& options, DType kv_type)
+  // Some of the layers, where they run.
+  struct Part {
+    std::unique_ptr<Backend> backend;
+    bool rounded;  // prompts, to 16 bits
+    Transformer transformer;
+    Batch batch;  // the one at hand, with this part's blocks of the cache
+  };
+
+  State(std::shared_ptr<const Model> m, const ContextOptions& options, const KvLayout& layout, Placement placement)
       : model(std::move(m)),
         n_ctx(options.n_ctx),
-        backend(std::move(device)),
-        cache(*backend,
-              KvLayout{model->hyperparameters().n_layer, model->hyperparameters().n_head_kv,
-                       model->hyperparameters().head_dim, kv_type},
-              n_ctx) {
-    const size_t weights = backend->weight_memory(*model, cache.bytes(n_ctx));
-    cache.check_memory(n_ctx, weights);
-    rounded = options.precision == "auto" && backend->rounding_pays();
-    transformer = std::make_unique<Transformer>(*model, *backend, rounded, options.progress);
-    if (weights) model->file().drop_pages();  // they are on the device
+        why_not_cuda(std::move(placement.why_not_cuda)),
+        cache(cache_parts(placement, layout), n_ctx) {
+    cache.check_memory(n_ctx);
+    bool copied = false;
+    for (auto& [backend, layers] : placement.parts) {
+      const bool rounded = options.precision == "auto" && backend->rounding_pays();
+      copied |= backend->total_memory() > 0;
+      n_batch = std::min(n_batch, backend->max_tokens());
+      Transformer transformer(*model, layers, *backend, rounded, options.progress);
+      parts.push_back({std::move(backend), rounded, std::move(transformer), {}});
+    }
+    if (copied) model->file().drop_pages();
+  }
+
+  static std::vector<KvCache::Part> cache_parts(const Placement& placement, KvLayout layout) {
+    std::vector<KvCache::Part> parts;
+    for (const Placement::Part& part : placement.parts) {
+      layout.n_layer = part.layers.size();
+      parts.push_back({*part.backend, layout});
+    }
+    return parts;
   }
 
   // The feeds that fill_batch() has listed; their logits, or what `top` wants of them.
@@ -44,7 +65,7 @@ struct Context::State {
     for (const Feed& feed : feeds) lengths.push_back(cache.length(feed.sequence));
     try {
       extend(feeds);
-      transformer->forward(batch, cache.layout(), logits, top);
+      run(logits, top);
       if (!(top ? all_finite(top->found) : all_finite(logits)))
         throw FileError(
             model->file().path() +
@@ -69,7 +90,7 @@ struct Context::State {
     for (const bool prompt : {true, false}) {
       for (size_t s = 0; s < feeds.size(); ++s)
         if (feeds[s].prompt == prompt) append(feeds[s], s, want);
-      if (prompt) batch.n_prompt = rounded ? batch.n() : 0;
+      if (prompt) batch.n_prompt = batch.n();
     }
   }
 
@@ -85,9 +106,9 @@ struct Context::State {
       if (feed.tokens.empty())
         throw OptionError("no tokens for sequence " + std::to_string(feed.sequence) + ", expected at least one");
       n += feed.tokens.size();
-      if (n > size_t(backend->max_tokens()))
+      if (n > size_t(n_batch))
         throw OptionError("a batch of " + std::to_string(n) + " tokens or more, expected at most " +
-                          std::to_string(backend->max_tokens()));
+                          std::to_string(n_batch));
       for (const int32_t token : feed.tokens)
         if (token < 0 || token >= n_vocab)
           throw OptionError("token " + std::to_string(token) + ", expected 0 to " + std::to_string(n_vocab - 1));
@@ -107,14 +128,23 @@ struct Context::State {
   }
 
   void extend(std::span<const Feed> feeds) {
-    batch.first_block.clear();
-    batch.blocks.clear();
-    for (const Feed& feed : feeds) {
-      cache.extend(feed.sequence, static_cast<int>(feed.tokens.size()));
-      const auto& blocks = cache.blocks(feed.sequence);
-      batch.first_block.push_back(static_cast<int>(batch.blocks.size()));
-      batch.blocks.insert(batch.blocks.end(), blocks.begin(), blocks.end());
+    for (const Feed& feed : feeds) cache.extend(feed.sequence, static_cast<int>(feed.tokens.size()));
+    for (size_t i = 0; i < parts.size(); ++i) {
+      Batch& own = parts[i].batch = batch;
+      if (!parts[i].rounded) own.n_prompt = 0;
+      for (const Feed& feed : feeds) {
+        const auto& blocks = cache.blocks(feed.sequence, i);
+        own.first_block.push_back(static_cast<int>(own.blocks.size()));
+        own.blocks.insert(own.blocks.end(), blocks.begin(), blocks.end());
+      }
     }
+  }
+
+  // The batch through all parts.
+  void run(std::span<float> logits, TopLogits* top) {
+    if (parts.size() > 1) x.resize(size_t(batch.n()) * model->hyperparameters().n_embd);
+    for (size_t i = 0; i < parts.size(); ++i)
+      parts[i].transformer.forward(parts[i].batch, cache.layout(i), x, logits, top);
   }
 
   // Whether the samplers need but a part of the logits that the backend finds; then `top` becomes that part.
@@ -122,7 +152,7 @@ struct Context::State {
     size_t n_largest = 0, n_tokens = 0;
     for (auto sampler = samplers.begin(); sampler != samplers.end(); ++sampler) {
       const size_t n = (*sampler)->n_candidates();
-      if (n == 0 || n > size_t(backend->max_top_logits())) return false;
+      if (n == 0 || n > size_t(parts.back().backend->max_top_logits())) return false;
       // One of two sequences: what it will penalise in the second depends on what it draws in the first.
       if (std::find(samplers.begin(), sampler, *sampler) != sampler) return false;
       n_largest = std::max(n_largest, n);
@@ -149,12 +179,12 @@ struct Context::State {
 
   std::shared_ptr<const Model> model;
   int n_ctx;
-  bool rounded;  // prompts, to 16 bits
+  int n_batch = std::numeric_limits<int>::max();  // what every part can do at once
   std::string why_not_cuda;
-  std::unique_ptr<Backend> backend;
+  std::vector<Part> parts;  // in the order of their layers
   KvCache cache;
-  std::unique_ptr<Transformer> transformer;
-  Batch batch;
+  Batch batch;                     // but for the blocks, which each part has its own of
+  std::vector<float> x;            // (n, n_embd): the residual stream on its way from one part to the next
   std::vector<size_t> row;         // each feed's place in the batch, prompts first
   size_t n_appended = 0;           // feeds
   std::vector<int> lengths;        // of the sequences at hand, before they are extended
@@ -168,31 +198,41 @@ Context::Context(std::shared_ptr<const Model> model, const ContextOptions& optio
     throw OptionError("precision: found '" + options.precision + "', expected auto or f32");
   if (options.device != "auto" && options.device != "cpu" && options.device != "cuda")
     throw OptionError("device: found '" + options.device + "', expected auto, cpu or cuda");
-  const DType kv_type = kv_type_of(options.kv_type, model->hyperparameters().head_dim);
-  const auto make = [&](std::unique_ptr<Backend> backend) {
-    return std::make_unique<State>(model, std::move(backend), options, kv_type);
-  };
-  std::string why_not_cuda;
-  if (options.device != "cpu") {
-    try {
-      state_ = make(make_cuda_backend());
-    } catch (const Error& e) {
-      if (options.device == "cuda") throw;
-      why_not_cuda = e.what();
-    }
+  if (options.gpu_layers < -1 || (options.gpu_layers > 0 && options.device == "cpu") ||
+      (options.gpu_layers == 0 && options.device == "cuda"))
+    throw OptionError("gpu_layers: found " + std::to_string(options.gpu_layers) + ", expected " +
+                      (options.device == "cpu"    ? "0, or none, with device cpu"
+                       : options.device == "cuda" ? "at least 1 with device cuda"
+                                                  : "at least 0"));
+  const Hyperparameters& h = model->hyperparameters();
+  const KvLayout layout{h.n_layer, h.n_head_kv, h.head_dim, kv_type_of(options.kv_type, h.head_dim)};
+  try {
+    state_ = std::make_unique<State>(model, options, layout, place(*model, layout, options));
+  } catch (const Error& e) {  // what the place for it has not shown
+    if (options.device != "auto" || options.gpu_layers >= 0) throw;
+    ContextOptions on_cpu = options;
+    on_cpu.device = "cpu";
+    state_ = std::make_unique<State>(model, on_cpu, layout, place(*model, layout, on_cpu));
+    state_->why_not_cuda = e.what();
   }
-  if (!state_) state_ = make(make_cpu_backend(options.n_threads));
-  state_->why_not_cuda = why_not_cuda;
 }
 
 Context::~Context() = default;
 
 const Model& Context::model() const { return *state_->model; }
-std::string Context::device() const { return state_->backend->description(); }
+std::string Context::device() const {
+  std::string all;
+  for (const State::Part& part : state_->parts) {
+    if (!all.empty()) all += ", ";
+    all += part.backend->description();
+    if (state_->parts.size() > 1) all += " with " + std::to_string(part.transformer.layers().size()) + " layers";
+  }
+  return all;
+}
 const std::string& Context::why_not_cuda() const { return state_->why_not_cuda; }
 int Context::n_ctx() const { return state_->n_ctx; }
-size_t Context::available_memory() const { return state_->backend->available_memory(); }
-int Context::n_batch() const { return state_->backend->max_tokens(); }
+size_t Context::available_memory() const { return state_->parts.back().backend->available_memory(); }
+int Context::n_batch() const { return state_->n_batch; }
 
 int Context::new_sequence(int n_tokens) { return state_->cache.new_sequence(n_tokens); }
 void Context::free_sequence(int sequence) { state_->cache.free_sequence(sequence); }

@@ -8,8 +8,6 @@
 namespace vptq {
 namespace {
 
-int64_t blocks_for(int64_t n_tokens) { return (n_tokens + KvLayout::kBlockTokens - 1) / KvLayout::kBlockTokens; }
-
 std::string gib(double bytes) {
   char text[32];
   std::snprintf(text, sizeof text, "%.2f GiB", bytes / (1 << 30));
@@ -18,41 +16,48 @@ std::string gib(double bytes) {
 
 }  // namespace
 
-size_t KvCache::bytes(int64_t n_tokens) const { return size_t(blocks_for(n_tokens)) * layout_.block_bytes(); }
+KvCache::KvCache(const std::vector<Part>& parts, int n_ctx) : n_ctx_(n_ctx) {
+  for (const Part& part : parts) pools_.push_back({part, {}});
+}
 
-void KvCache::check_memory(int64_t n_tokens, size_t weights) const {
-  const double need = double(blocks_for(n_tokens)) * double(layout_.block_bytes()) + double(weights);
-  const auto available = double(backend_.available_memory());
-  if (need > available)
-    throw OutOfMemoryError((weights ? "the model's weights of " + gib(double(weights)) + " and the KV cache for "
-                                    : std::string("the KV cache for ")) +
-                           std::to_string(n_tokens) + " tokens (option n_ctx) need" + (weights ? " " : "s ") +
-                           gib(need) + ", " + gib(available) +
-                           " are available; a smaller n_ctx, or kv_type q8_0, needs less");
+void KvCache::check_memory(int64_t n_tokens) const {
+  for (const Pool& pool : pools_) {
+    const double need = double(KvLayout::blocks_for(n_tokens)) * double(pool.layout.block_bytes());
+    const auto available = double(pool.backend.available_memory());
+    if (need > available)
+      throw OutOfMemoryError("the KV cache for " + std::to_string(n_tokens) + " tokens (option n_ctx) needs " +
+                             gib(need) + (pools_.size() > 1 ? " on " + pool.backend.description() : "") + ", " +
+                             gib(available) + " are available; a smaller n_ctx, or kv_type q8_0, needs less");
+  }
 }
 
 void KvCache::reserve(Sequence& sequence, int64_t n_tokens) {
   if (n_tokens > n_ctx_)
     throw OptionError("a sequence of " + std::to_string(n_tokens) + " tokens, expected at most the context of " +
                       std::to_string(n_ctx_) + " (option n_ctx)");
-  const int64_t lacking = blocks_for(n_tokens) - int64_t(sequence.blocks.size());
-  const int64_t fresh = lacking - int64_t(free_blocks_.size());
-  if (fresh > 0) {
-    check_memory(fresh * KvLayout::kBlockTokens);
-    for (int64_t i = 0; i < fresh; ++i)
-      free_blocks_.push_back(backend_.allocate(layout_.block_bytes(), "the KV cache"));
-  }
-  for (int64_t i = 0; i < lacking; ++i) {
-    sequence.blocks.push_back(free_blocks_.back());
-    free_blocks_.pop_back();
-  }
+  sequence.blocks.resize(pools_.size());
+  const auto lacking = [&](size_t part) {
+    return std::max<int64_t>(KvLayout::blocks_for(n_tokens) - int64_t(sequence.blocks[part].size()), 0);
+  };
+  const auto fresh = [&](size_t part) { return lacking(part) - int64_t(pools_[part].free.size()); };
+  // All pools have the same blocks free, unless memory ended while they got theirs.
+  if (fresh(0) > 0) check_memory(fresh(0) * KvLayout::kBlockTokens);
+  for (size_t part = 0; part < pools_.size(); ++part)
+    for (Pool& pool = pools_[part]; fresh(part) > 0;)
+      pool.free.push_back(pool.backend.allocate(pool.layout.block_bytes(), "the KV cache"));
+  for (size_t part = 0; part < pools_.size(); ++part)
+    for (int64_t n = lacking(part); n > 0; --n) {
+      sequence.blocks[part].push_back(pools_[part].free.back());
+      pools_[part].free.pop_back();
+    }
 }
 
 void KvCache::keep_blocks(Sequence& sequence, int64_t n) {
-  while (int64_t(sequence.blocks.size()) > n) {
-    free_blocks_.push_back(sequence.blocks.back());
-    sequence.blocks.pop_back();
-  }
+  for (size_t part = 0; part < sequence.blocks.size(); ++part)
+    while (int64_t(sequence.blocks[part].size()) > n) {
+      pools_[part].free.push_back(sequence.blocks[part].back());
+      sequence.blocks[part].pop_back();
+    }
 }
 
 int KvCache::new_sequence(int n_tokens) {
@@ -80,7 +85,7 @@ void KvCache::truncate(int id, int n_tokens) {
     throw OptionError("truncate to " + std::to_string(n_tokens) + " tokens, expected 0 to " +
                       std::to_string(at(id).n_tokens));
   sequences_[id].n_tokens = n_tokens;
-  keep_blocks(sequences_[id], blocks_for(n_tokens));
+  keep_blocks(sequences_[id], KvLayout::blocks_for(n_tokens));
 }
 
 int KvCache::length(int id) const { return at(id).n_tokens; }
@@ -91,7 +96,7 @@ void KvCache::extend(int id, int n) {
   sequences_[id].n_tokens = static_cast<int>(length);
 }
 
-const std::vector<std::byte*>& KvCache::blocks(int id) const { return at(id).blocks; }
+const std::vector<std::byte*>& KvCache::blocks(int id, size_t part) const { return at(id).blocks[part]; }
 
 const KvCache::Sequence& KvCache::at(int id) const {
   if (id < 0 || size_t(id) >= sequences_.size() || !sequences_[id].used)

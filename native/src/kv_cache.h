@@ -1,4 +1,5 @@
-// The keys and values of many sequences, in blocks that come from one pool.
+// The keys and values of many sequences, in blocks. A block is some tokens' keys and values of all layers: where
+// several backends share the layers, as many pieces of memory, each from the pool of its backend.
 #pragma once
 
 #include <vector>
@@ -9,9 +10,14 @@ namespace vptq {
 
 class KvCache {
  public:
-  KvCache(Backend& backend, const KvLayout& layout, int n_ctx) : backend_(backend), layout_(layout), n_ctx_(n_ctx) {}
+  struct Part {
+    Backend& backend;
+    KvLayout layout;  // of its layers
+  };
 
-  const KvLayout& layout() const { return layout_; }
+  KvCache(const std::vector<Part>& parts, int n_ctx);
+
+  const KvLayout& layout(size_t part) const { return pools_[part].layout; }
 
   // A new, empty sequence with blocks for n_tokens tokens. Throws OptionError (more than n_ctx), OutOfMemoryError.
   int new_sequence(int n_tokens);
@@ -24,28 +30,29 @@ class KvCache {
 
   // Lengthens a sequence by n tokens; throws OptionError past n_ctx, OutOfMemoryError.
   void extend(int id, int n);
-  const std::vector<std::byte*>& blocks(int id) const;
+  const std::vector<std::byte*>& blocks(int id, size_t part) const;
 
-  size_t bytes(int64_t n_tokens) const;  // that a sequence of so many tokens takes
-  // Throws OutOfMemoryError if n_tokens more tokens, and weights of so many bytes, could not be held.
-  void check_memory(int64_t n_tokens, size_t weights = 0) const;
+  // Throws OutOfMemoryError if n_tokens more tokens could not be held.
+  void check_memory(int64_t n_tokens) const;
 
  private:
+  using Blocks = std::vector<std::byte*>;
   struct Sequence {
     bool used = false;
     int n_tokens = 0;
-    std::vector<std::byte*> blocks;
+    std::vector<Blocks> blocks;  // (parts)
+  };
+  struct Pool : Part {
+    Blocks free;
   };
 
   const Sequence& at(int id) const;
   void reserve(Sequence& sequence, int64_t n_tokens);
-  void keep_blocks(Sequence& sequence, int64_t n);  // the first n; the others go back to the pool
+  void keep_blocks(Sequence& sequence, int64_t n);  // the first n; the others go back to their pools
 
-  Backend& backend_;
-  KvLayout layout_;
   int n_ctx_;
   std::vector<Sequence> sequences_;  // by id; ids of freed sequences are used again
-  std::vector<std::byte*> free_blocks_;
+  std::vector<Pool> pools_;          // (parts)
 };
 
 }  // namespace vptq

@@ -169,9 +169,23 @@ Model::Model(const std::string& path) : file_(path), hyperparameters_(read_hyper
         .ffn_down = linear(prefix + "ffn_down", h.n_ff, h.n_embd),
     });
   }
-  const bool tied = !file_.find("output.weight") && !file_.find("output.vptq_indices");
-  output_ = tied ? LinearWeights{"output", h.n_embd, h.n_vocab, nullptr, DenseWeights{token_embd_}}
-                 : linear("output", h.n_embd, h.n_vocab);
+  tied_ = !file_.find("output.weight") && !file_.find("output.vptq_indices");
+  output_ = tied_ ? LinearWeights{"output", h.n_embd, h.n_vocab, nullptr, DenseWeights{token_embd_}}
+                  : linear("output", h.n_embd, h.n_vocab);
+}
+
+size_t Model::layer_bytes(int layer) const { return bytes_of_tensors("blk." + std::to_string(layer) + "."); }
+
+size_t Model::output_bytes() const {
+  return output_norm_.bytes + (tied_ ? token_embd_.bytes : bytes_of_tensors("output."));
+}
+
+size_t Model::bytes_of_tensors(const std::string& prefix) const {
+  size_t bytes = 0;
+  const auto& tensors = file_.tensors();
+  for (auto it = tensors.lower_bound(prefix); it != tensors.end() && it->first.starts_with(prefix); ++it)
+    bytes += it->second.bytes;
+  return bytes;
 }
 
 std::vector<const LinearWeights*> Model::linear_layers() const {

@@ -4,16 +4,23 @@
 #include <utility>
 
 namespace vptq {
+namespace {
 
-Transformer::Transformer(const Model& model, Backend& backend, bool rounded,
+size_t q_dim(const Hyperparameters& p) { return size_t(p.n_head) * p.head_dim; }
+size_t kv_dim(const Hyperparameters& p) { return size_t(p.n_head_kv) * p.head_dim; }
+
+}  // namespace
+
+Transformer::Transformer(const Model& model, LayerRange layers, Backend& backend, bool rounded,
                          const std::function<void(int, int)>& progress)
     : p_(model.hyperparameters()),
+      range_(layers),
       backend_(backend),
-      token_embd_(backend.table(model.token_embd())),
-      output_norm_(backend.vector(model.output_norm())),
-      inv_freq_(backend.vector(p_.inv_freq)),
-      output_(backend.linear(model.output(), false)) {
-  for (int i = 0; i < p_.n_layer; ++i) {
+      token_embd_(first() ? backend.table(model.token_embd()) : Tensor()),
+      output_norm_(last() ? backend.vector(model.output_norm()) : nullptr),
+      output_(last() ? backend.linear(model.output(), false) : nullptr),
+      inv_freq_(backend.vector(p_.inv_freq)) {
+  for (int i = range_.begin; i < range_.end; ++i) {
     const LayerWeights& w = model.layers()[i];
     layers_.push_back({
         .attn_norm = backend.vector(w.attn_norm),
@@ -33,34 +40,46 @@ Transformer::Transformer(const Model& model, Backend& backend, bool rounded,
     return reinterpret_cast<float*>(
         backend.allocate(backend.max_tokens() * features * sizeof(float), "the activations"));
   };
-  const size_t q_dim = size_t(p_.n_head) * p_.head_dim, kv_dim = size_t(p_.n_head_kv) * p_.head_dim;
   x_ = activations(p_.n_embd);
   h_ = activations(p_.n_embd);
-  q_ = activations(q_dim);
-  k_ = activations(kv_dim);
-  v_ = activations(kv_dim);
-  attn_ = activations(q_dim);
+  q_ = activations(q_dim(p_));
+  k_ = activations(kv_dim(p_));
+  v_ = activations(kv_dim(p_));
+  attn_ = activations(q_dim(p_));
   gate_ = activations(p_.n_ff);
   up_ = activations(p_.n_ff);
 }
 
-void Transformer::forward(const Batch& batch, const KvLayout& layout, std::span<float> logits, TopLogits* top) {
+size_t Transformer::activation_bytes(const Hyperparameters& p, int max_tokens) {
+  return 2 * (p.n_embd + q_dim(p) + kv_dim(p) + p.n_ff) * max_tokens * sizeof(float);
+}
+
+void Transformer::forward(const Batch& batch, const KvLayout& layout, std::span<float> x, std::span<float> logits,
+                          TopLogits* top) {
   outputs_.take_outputs_of(batch);
   const auto operations = [&](float* out) { run(batch, layout, out); };
-  backend_.forward(batch, outputs_, logits, top, std::ref(operations));
+  auto* stream = reinterpret_cast<std::byte*>(x_);
+  if (!first()) backend_.write(stream, x.data(), x.size_bytes());
+  if (last()) {
+    backend_.forward(batch, outputs_, logits, top, std::ref(operations));
+  } else {
+    backend_.forward(batch, outputs_, {}, nullptr, std::ref(operations));
+    backend_.read(stream, x.data(), x.size_bytes());
+  }
 }
 
 void Transformer::run(const Batch& all, const KvLayout& layout, float* logits) {
   Backend& b = backend_;
   float *x = x_, *h = h_, *q = q_, *attn = attn_;
-  b.embed(all, token_embd_, x);
-  for (int i = 0; i < p_.n_layer; ++i) {
-    const Layer& layer = layers_[i];
+  if (first()) b.embed(all, token_embd_, x);
+  for (int i = range_.begin; i < range_.end; ++i) {
+    const int own = i - range_.begin;
+    const Layer& layer = layers_[own];
     b.rms_norm(x, all.n(), p_.n_embd, layer.attn_norm, p_.rms_eps, h);
     b.apply({{*layer.attn_q, q}, {*layer.attn_k, k_}, {*layer.attn_v, v_}}, h, all.n(), all.n_prompt);
     b.rope(all, p_.n_head, p_.head_dim, inv_freq_, q);
     b.rope(all, p_.n_head_kv, p_.head_dim, inv_freq_, k_);
-    b.store_kv(all, layout, i, k_, v_);
+    b.store_kv(all, layout, own, k_, v_);
 
     const Batch& batch = i + 1 < p_.n_layer ? all : outputs_;
     const int n = batch.n();
@@ -71,7 +90,7 @@ void Transformer::run(const Batch& all, const KvLayout& layout, float* logits) {
       std::swap(x, h);
       std::swap(q, attn);
     }
-    b.attention(batch, layout, i, p_.n_head, layer.sliding_window, q, attn);
+    b.attention(batch, layout, own, p_.n_head, layer.sliding_window, q, attn);
     b.apply({{*layer.attn_output, h}}, attn, n, batch.n_prompt);
     b.add(x, h, size_t(n) * p_.n_embd);
 
@@ -81,6 +100,7 @@ void Transformer::run(const Batch& all, const KvLayout& layout, float* logits) {
     b.apply({{*layer.ffn_down, h}}, gate_, n, batch.n_prompt);
     b.add(x, h, size_t(n) * p_.n_embd);
   }
+  if (!last()) return;
   const int n = outputs_.n();
   b.rms_norm(x, n, p_.n_embd, output_norm_, p_.rms_eps, h);
   b.apply({{*output_, logits}}, h, n, 0);

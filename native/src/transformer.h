@@ -9,14 +9,26 @@
 
 namespace vptq {
 
+// Some of a model's layers on one backend. Where others have the layers before or after, the residual stream goes
+// from one to the next through the host's memory.
 class Transformer {
  public:
   // rounded: prompts go through the layers in 16-bit numbers. progress: as ContextOptions has it, or empty.
-  Transformer(const Model& model, Backend& backend, bool rounded, const std::function<void(int, int)>& progress);
+  Transformer(const Model& model, LayerRange layers, Backend& backend, bool rounded,
+              const std::function<void(int, int)>& progress);
 
-  // Stores the batch's keys and values into the cache and puts the logits of batch.outputs into
-  // logits (n_outputs, n_vocab), or what `top` wants of them into it. At most backend.max_tokens() tokens.
-  void forward(const Batch& batch, const KvLayout& layout, std::span<float> logits, TopLogits* top = nullptr);
+  // Stores the batch's keys and values into the cache, which has these layers only. At most backend.max_tokens()
+  // tokens. x (n, n_embd), in the host's memory: the residual stream, taken from there unless first(), left there
+  // unless last(). Then it puts the logits of batch.outputs into logits (n_outputs, n_vocab), or what `top` wants of
+  // them there.
+  void forward(const Batch& batch, const KvLayout& layout, std::span<float> x, std::span<float> logits, TopLogits* top);
+
+  // What a Transformer allocates of a backend for batches of so many tokens.
+  static size_t activation_bytes(const Hyperparameters& p, int max_tokens);
+
+  LayerRange layers() const { return range_; }
+  bool first() const { return range_.begin == 0; }        // they begin with the embedding
+  bool last() const { return range_.end == p_.n_layer; }  // they end with the output
 
  private:
   struct Layer {
@@ -29,11 +41,12 @@ class Transformer {
   void run(const Batch& all, const KvLayout& layout, float* logits);
 
   const Hyperparameters& p_;
+  LayerRange range_;
   Backend& backend_;
-  Tensor token_embd_;         // (n_vocab, n_embd)
-  const float* output_norm_;  // (n_embd)
-  const float* inv_freq_;     // (head_dim / 2)
+  Tensor token_embd_;         // (n_vocab, n_embd), if first()
+  const float* output_norm_;  // (n_embd), if last(), and so is output_
   std::unique_ptr<Linear> output_;
+  const float* inv_freq_;  // (head_dim / 2)
   std::vector<Layer> layers_;
   Batch outputs_;  // of the batch at hand
 

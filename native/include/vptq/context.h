@@ -14,6 +14,9 @@ namespace vptq {
 
 struct ContextOptions {
   std::string device = "auto";  // auto, cpu or cuda
+  // So many of the last layers, and the output, on GPUs, the others on the CPU; more than there are: all of them.
+  // -1: all; with device auto as many as fit.
+  int gpu_layers = -1;
   int n_ctx = 4096;             // most tokens of one sequence
   int n_threads = 0;            // 0: the physical cores
   std::string kv_type = "f16";  // f16, f32, or q8_0: blocks of 32 int8 and an f16 scale
@@ -39,9 +42,9 @@ class Context {
 
   const Model& model() const;
   std::string device() const;
-  const std::string& why_not_cuda() const;  // why device "auto" has become the CPU; else empty
+  const std::string& why_not_cuda() const;  // why device "auto" has not put all layers on GPUs; else empty
   int n_ctx() const;
-  size_t available_memory() const;  // bytes of the device's that could still be allocated
+  size_t available_memory() const;  // bytes that could still be allocated where the output is
   int n_batch() const;              // most tokens of one call, over all its sequences
 
   int new_sequence(int n_tokens);  // with cache reserved for n_tokens tokens

@@ -91,6 +91,13 @@ struct LayerWeights {
   }
 };
 
+// Consecutive layers of a model: begin ... end - 1. With the first of all goes the embedding, with the last the output.
+struct LayerRange {
+  int begin = 0, end = 0;
+
+  int size() const { return end - begin; }
+};
+
 class Model {
  public:
   // Throws FileError, UnsupportedError.
@@ -101,16 +108,22 @@ class Model {
   const Tensor& token_embd() const { return token_embd_; }    // (n_vocab, n_embd)
   const Tensor& output_norm() const { return output_norm_; }  // (n_embd)
   const LinearWeights& output() const { return output_; }     // n_embd -> n_vocab; the embedding where tied
+  bool tied() const { return tied_; }                         // the output's weight is the embedding
   const std::vector<LayerWeights>& layers() const { return layers_; }
+  size_t layer_bytes(int layer) const;  // of the layer's tensors
+  size_t output_bytes() const;          // of the output's and its norm's
 
   // All linear layers in file order: blk.0.attn_q ... output.
   std::vector<const LinearWeights*> linear_layers() const;
 
  private:
+  size_t bytes_of_tensors(const std::string& prefix) const;
+
   GgufFile file_;
   Hyperparameters hyperparameters_;
   Tensor token_embd_, output_norm_;
   LinearWeights output_;
+  bool tied_ = false;
   std::vector<LayerWeights> layers_;
 };
 

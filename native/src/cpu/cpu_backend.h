@@ -21,7 +21,6 @@ class CpuBackend : public Backend {
 
   std::string description() const override;
   size_t available_memory() const override;
-  size_t weight_memory(const Model&, size_t) override { return 0; }  // they are used in the mapped file
   int max_tokens() const override { return 128; }
   bool rounding_pays() const override { return kernels_.i16_pays; }
   std::byte* allocate(size_t bytes, const std::string& what) override;

@@ -34,16 +34,10 @@ bool fits_f16(const LinearWeights& w) {
 
 }  // namespace
 
-CudaBackend::CudaBackend() {
-  int n_devices = 0;
-  const cudaError_t error = cudaGetDeviceCount(&n_devices);
-  if (error != cudaSuccess || n_devices == 0)
-    throw UnsupportedError(std::string("device cuda: there is no GPU that can be used: ") +
-                           (error != cudaSuccess ? cudaGetErrorString(error) : "the driver lists none"));
-  int device = 0;
-  check(cudaGetDevice(&device), "looking at the GPU");
+CudaBackend::CudaBackend(int device) : device_(device) {
+  const CurrentDevice current(device_);
   cudaDeviceProp properties;
-  check(cudaGetDeviceProperties(&properties, device), "looking at the GPU");
+  check(cudaGetDeviceProperties(&properties, device_), "looking at the GPU");
   name_ = properties.name;
   n_multiprocessors_ = properties.multiProcessorCount;
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
@@ -55,6 +49,7 @@ CudaBackend::CudaBackend() {
 }
 
 CudaBackend::~CudaBackend() {
+  const CurrentDevice current(device_);
   cudaStreamSynchronize(stream_);
   forget_steps();
   for (const Buffer& buffer : {workspace_, logits_}) cudaFree(buffer.data);
@@ -63,38 +58,48 @@ CudaBackend::~CudaBackend() {
   cudaStreamDestroy(stream_);
 }
 
+std::string CudaBackend::description() const {
+  return "cuda" + (device_ ? ":" + std::to_string(device_) : "") + " (" + name_ + ")";
+}
+
 size_t CudaBackend::available_memory() const {
+  const CurrentDevice current(device_);
   size_t free = 0, total = 0;
   check(cudaMemGetInfo(&free, &total), "asking for the free memory");
   return free;
 }
 
 size_t CudaBackend::total_memory() const {
+  const CurrentDevice current(device_);
   size_t free = 0, total = 0;
   check(cudaMemGetInfo(&free, &total), "asking for the memory");
   return total;
 }
 
-size_t CudaBackend::weight_memory(const Model& model, size_t others) {
-  size_t bytes = 0;
-  for (const auto& [name, tensor] : model.file().tensors()) bytes += tensor.bytes;
-  if (!slices_) return bytes;
-  const size_t with_slices = bytes + sliced_layers_->bytes(model);
-  slices_ = with_slices + others <= available_memory();
-  return slices_ ? with_slices : bytes;
+double CudaBackend::copy_bandwidth() {
+  const CurrentDevice current(device_);
+  return cuda::copy_bandwidth(stream_, available_memory() / 16);
+}
+
+std::byte* CudaBackend::allocate(size_t bytes, const std::string& what) {
+  const CurrentDevice current(device_);
+  return memory_->allocate(bytes, what);
 }
 
 void CudaBackend::write(std::byte* to, const void* host, size_t bytes) {
+  const CurrentDevice current(device_);
   check(cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, stream_), "writing to the GPU");
   check(cudaStreamSynchronize(stream_), "writing to the GPU");
 }
 
 void CudaBackend::read(const std::byte* from, void* host, size_t bytes) {
+  const CurrentDevice current(device_);
   check(cudaMemcpyAsync(host, from, bytes, cudaMemcpyDeviceToHost, stream_), "reading from the GPU");
   check(cudaStreamSynchronize(stream_), "reading from the GPU");
 }
 
 Tensor CudaBackend::table(const Tensor& weights) {
+  const CurrentDevice current(device_);
   Tensor out = weights;
   out.data = memory_->upload(weights.data, weights.bytes, "tensor '" + weights.name + "'");
   return out;
@@ -112,12 +117,19 @@ const float* CudaBackend::vector(const std::vector<float>& values) {
   return reinterpret_cast<const float*>(out);
 }
 
+size_t CudaBackend::extra_memory(const LinearWeights& w) const { return slices_ ? sliced_layers_->bytes(w) : 0; }
+
 std::unique_ptr<Linear> CudaBackend::linear(const LinearWeights& w, bool rounded) {
+  const CurrentDevice current(device_);
   auto out = std::make_unique<CudaLinear>();
   out->rounded = rounded && fits_f16(w);
   if (const auto* vptq = std::get_if<VptqWeights>(&w.weights)) {
     out->layer = upload(w, *vptq);
-    if (slices_) out->sliced = sliced_layers_->make(w);
+    const size_t extra = extra_memory(w);
+    if (extra > 0 && extra <= extra_left_) {
+      out->sliced = sliced_layers_->make(w);
+      extra_left_ -= extra;
+    }
   } else {
     const Tensor& weight = std::get<DenseWeights>(w.weights).weight;
     out->layer =
@@ -167,6 +179,7 @@ void* CudaBackend::grown(Buffer& buffer, size_t bytes, const char* what) {
 
 void CudaBackend::forward(const Batch& batch, const Batch& outputs, std::span<float> logits, TopLogits* top,
                           const std::function<void(float*)>& operations) {
+  const CurrentDevice current(device_);
   batches_->upload(batch, outputs, stream_);
   if (batches_->addresses() != addresses_) forget_steps();
   addresses_ = batches_->addresses();
@@ -296,7 +309,20 @@ void CudaBackend::select_outputs(const Batch& batch, int d, const float* x, floa
 
 }  // namespace vptq::cuda
 
-// What the runtime looks for in this library. Throws UnsupportedError where there is no GPU.
-extern "C" __attribute__((visibility("default"))) vptq::Backend* vptq_cuda_backend() {
-  return new vptq::cuda::CudaBackend;
+// What the runtime looks for in this library.
+extern "C" {
+
+// Throws UnsupportedError where there is none.
+__attribute__((visibility("default"))) int vptq_cuda_device_count() {
+  int n_devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&n_devices);
+  if (error == cudaSuccess && n_devices > 0) return n_devices;
+  throw vptq::UnsupportedError(std::string("device cuda: there is no GPU that can be used: ") +
+                               (error != cudaSuccess ? cudaGetErrorString(error) : "the driver lists none"));
 }
+
+__attribute__((visibility("default"))) vptq::Backend* vptq_cuda_backend(int device) {
+  return new vptq::cuda::CudaBackend(device);
+}
+
+}  // extern "C"

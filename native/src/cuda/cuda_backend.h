@@ -2,6 +2,7 @@
 // decoding step to play them again.
 #pragma once
 
+#include <limits>
 #include <map>
 #include <memory>
 #include <string>
@@ -33,21 +34,21 @@ struct CudaLinear : Linear {
 
 class CudaBackend : public Backend {
  public:
-  // On the current device. Throws UnsupportedError where there is none.
-  CudaBackend();
+  explicit CudaBackend(int device);
   ~CudaBackend() override;
 
-  std::string description() const override { return "cuda (" + name_ + ")"; }
+  std::string description() const override;
   size_t available_memory() const override;
   size_t total_memory() const override;
-  double copy_bandwidth() override { return cuda::copy_bandwidth(stream_, available_memory() / 16); }
-  size_t weight_memory(const Model& model, size_t others) override;
+  double copy_bandwidth() override;
   int max_tokens() const override { return 512; }
   bool rounding_pays() const override { return true; }
-  std::byte* allocate(size_t bytes, const std::string& what) override { return memory_->allocate(bytes, what); }
+  std::byte* allocate(size_t bytes, const std::string& what) override;
   void write(std::byte* to, const void* host, size_t bytes) override;
   void read(const std::byte* from, void* host, size_t bytes) override;
 
+  size_t extra_memory(const LinearWeights& weights) const override;
+  void allow_extra_memory(size_t bytes) override { extra_left_ = bytes; }
   std::unique_ptr<Linear> linear(const LinearWeights& weights, bool rounded) override;
   Tensor table(const Tensor& weights) override;
   const float* vector(const Tensor& weights) override;
@@ -85,13 +86,15 @@ class CudaBackend : public Backend {
   void play(int n, const std::function<void(float*)>& operations, float* out);
   void forget_steps();
 
+  int device_;
   std::string name_;
   int n_multiprocessors_;
   Stream stream_ = nullptr;
   std::unique_ptr<Memory> memory_;
   std::unique_ptr<Batches> batches_;
   std::unique_ptr<SlicedLayers> sliced_layers_;
-  bool slices_ = true;  // layers get slices
+  bool slices_ = true;                                      // layers get slices
+  size_t extra_left_ = std::numeric_limits<size_t>::max();  // bytes that slices may still take
   Buffer workspace_, logits_;
   TopLogitsReader top_logits_;
   std::map<int, Step> steps_;  // by their number of tokens

@@ -14,4 +14,13 @@ void check(cudaError_t error, const char* what) {
   throw DeviceError(message);
 }
 
+CurrentDevice::CurrentDevice(int device) : device_(device), before_(device) {
+  check(cudaGetDevice(&before_), "asking for the current GPU");
+  if (device_ != before_) check(cudaSetDevice(device_), "changing to another GPU");
+}
+
+CurrentDevice::~CurrentDevice() {
+  if (device_ != before_) cudaSetDevice(before_);
+}
+
 }  // namespace vptq::cuda

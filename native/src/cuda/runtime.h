@@ -10,4 +10,16 @@ using Stream = cudaStream_t;
 // Throws Error with what CUDA says of it (OutOfMemoryError where that is it); `what` was being done.
 void check(cudaError_t error, const char* what);
 
+// Makes a device the calling thread's, as all that is asked of one wants it, and gives back the one before at its end.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device);
+  ~CurrentDevice();
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+ private:
+  int device_, before_;
+};
+
 }  // namespace vptq::cuda

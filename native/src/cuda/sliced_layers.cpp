@@ -26,22 +26,14 @@ const T* send(Memory& memory, const std::vector<T>& values, const std::string& w
 
 }  // namespace
 
-size_t SlicedLayers::bytes(const Model& model) const {
-  const auto bytes_of = [this](const LinearWeights& w) -> size_t {
-    const auto* vptq = std::get_if<VptqWeights>(&w.weights);
-    if (!vptq || !LayerSlices::possible(vptq->columns)) return 0;
-    return LayerSlices(vptq->columns, w.out_features, shared_bytes_).max_bytes();
-  };
-  size_t bytes = bytes_of(model.output());
-  for (const LayerWeights& layer : model.layers())
-    for (const LinearWeights* linear : layer.linear_layers()) bytes += bytes_of(*linear);
-  return bytes;
+size_t SlicedLayers::bytes(const LinearWeights& w) const {
+  const auto* vptq = std::get_if<VptqWeights>(&w.weights);
+  if (!vptq || !LayerSlices::possible(vptq->columns)) return 0;
+  return LayerSlices(vptq->columns, w.out_features, shared_bytes_).max_bytes();
 }
 
 std::unique_ptr<SlicedLayer> SlicedLayers::make(const LinearWeights& w) {
-  const auto* vptq = std::get_if<VptqWeights>(&w.weights);
-  if (!vptq || !LayerSlices::possible(vptq->columns)) return nullptr;
-  LayerSlices slices(vptq->columns, w.out_features, shared_bytes_);
+  LayerSlices slices(std::get<VptqWeights>(w.weights).columns, w.out_features, shared_bytes_);
   in_parallel(slices.n_tasks(), [&](int begin, int end) { slices.count(begin, end); });
   slices.lay_out();
   std::vector<uint32_t> entries(slices.n_chunks() * kChunkEntries);

@@ -24,9 +24,9 @@ class SlicedLayers {
   SlicedLayers(Memory& memory, int n_blocks, size_t shared_bytes)
       : memory_(memory), n_blocks_(n_blocks), shared_bytes_(shared_bytes) {}
 
-  // Bytes that the model's layers will take at most, beside their weights.
-  size_t bytes(const Model& model) const;
-  // nullptr where the weights are not for vq_sliced.
+  // Bytes that these will take at most, beside the weights; 0 where the weights are not for vq_sliced.
+  size_t bytes(const LinearWeights& weights) const;
+  // Of weights that are for vq_sliced.
   std::unique_ptr<SlicedLayer> make(const LinearWeights& weights);
   // Those of a launch of these layers, shared out when it is the first one.
   const DeviceSliceJobs& jobs(std::span<const SlicedLayer* const> layers);

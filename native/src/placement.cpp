@@ -1,0 +1,182 @@
+#include "placement.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <numeric>
+#include <optional>
+
+#include "transformer.h"
+#include "vptq/error.h"
+
+namespace vptq {
+namespace {
+
+constexpr size_t kKeptFree = 64;  // of a GPU's memory one part in so many: for workspace, and what else uses the GPU
+
+std::string gib(size_t bytes) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.2f GiB", double(bytes) / (1 << 30));
+  return text;
+}
+
+// The layers from range.begin on, at most to range.end, that fit.
+LayerRange most_that_fit(const LayerBytes& bytes, LayerRange range, size_t free) {
+  LayerRange out{range.begin, range.begin};
+  while (out.end < range.end && bytes.of({out.begin, out.end + 1}) <= free) ++out.end;
+  return out;
+}
+
+std::vector<LayerRange> filled(const LayerBytes& bytes, LayerRange layers, std::span<const size_t> free, double share) {
+  std::vector<LayerRange> out;
+  int at = layers.begin;
+  for (const size_t each : free) {
+    out.push_back(most_that_fit(bytes, {at, layers.end}, size_t(share * double(each))));
+    at = out.back().end;
+  }
+  if (at < layers.end) out.clear();
+  return out;
+}
+
+// The GPUs, each with what is free for layers; they come to be when they are needed.
+class Gpus {
+ public:
+  // Throws as make_cuda_backend().
+  Gpus(const Model& model, const KvLayout& layout, int64_t n_ctx)
+      : model_(model), layout_(layout), n_ctx_(n_ctx), n_devices_(cuda_device_count()) {
+    add();
+  }
+
+  bool more() const { return int(backends_.size()) < n_devices_; }
+  void add() {
+    backends_.push_back(make_cuda_backend(int(backends_.size())));
+    const Backend& gpu = *backends_.back();
+    const size_t others =
+        Transformer::activation_bytes(model_.hyperparameters(), gpu.max_tokens()) + gpu.total_memory() / kKeptFree;
+    free_.push_back(gpu.available_memory() - std::min(others, gpu.available_memory()));
+  }
+
+  // with_extra: and what makes layers faster.
+  LayerBytes bytes(bool with_extra) const {
+    const int n_layer = model_.hyperparameters().n_layer;
+    const auto extra = [&](const LinearWeights& w) { return with_extra ? backends_[0]->extra_memory(w) : 0; };
+    LayerBytes out;
+    for (int i = 0; i < n_layer; ++i) {
+      out.layers.push_back(model_.layer_bytes(i) + KvLayout::blocks_for(n_ctx_) * layout_.layer_bytes());
+      for (const LinearWeights* w : model_.layers()[i].linear_layers()) out.layers.back() += extra(*w);
+    }
+    out.embedding = model_.token_embd().bytes;
+    out.output = model_.output_bytes() + extra(model_.output());
+    if (model_.tied()) out.shared = out.embedding;
+    return out;
+  }
+
+  const std::vector<size_t>& free() const { return free_; }
+  size_t all_free() const { return std::accumulate(free_.begin(), free_.end(), size_t{0}); }
+
+  // The GPUs that got layers, as parts. What is left of their memory may make the layers faster, but for a quarter of
+  // it.
+  std::vector<Placement::Part> take(const std::vector<LayerRange>& ranges) {
+    const LayerBytes least = bytes(false);
+    std::vector<Placement::Part> parts;
+    for (size_t i = 0; i < ranges.size(); ++i) {
+      if (ranges[i].size() == 0) continue;
+      backends_[i]->allow_extra_memory((free_[i] - least.of(ranges[i])) / 4 * 3);
+      parts.push_back({std::move(backends_[i]), ranges[i]});
+    }
+    return parts;
+  }
+
+ private:
+  const Model& model_;
+  KvLayout layout_;
+  int64_t n_ctx_;
+  int n_devices_;
+  std::vector<std::unique_ptr<Backend>> backends_;
+  std::vector<size_t> free_;
+};
+
+// These layers on as few GPUs as hold them; none where all the GPUs do not. With what makes them faster if they hold
+// that.
+std::vector<LayerRange> on_gpus(Gpus& gpus, LayerRange layers) {
+  for (const bool with_extra : {true, false}) {
+    const LayerBytes bytes = gpus.bytes(with_extra);
+    while (true) {
+      std::vector<LayerRange> ranges = split(bytes, layers, gpus.free());
+      if (!ranges.empty()) return ranges;
+      if (!gpus.more()) break;
+      gpus.add();
+    }
+  }
+  return {};
+}
+
+// How many of the last layers fit on the GPUs.
+int most_layers(const Gpus& gpus, int n_layer) {
+  const LayerBytes bytes = gpus.bytes(false);
+  int n = 0;
+  while (n < n_layer && !split(bytes, {n_layer - n - 1, n_layer}, gpus.free()).empty()) ++n;
+  return n;
+}
+
+std::string does_not_fit(const Gpus& gpus, LayerRange layers, int n_ctx, int most) {
+  const int n_layer = int(gpus.bytes(false).layers.size());
+  const std::string what = layers.size() == n_layer ? "the model's weights" : std::to_string(layers.size()) + " layers";
+  return "device cuda: " + what + " and the KV cache for " + std::to_string(n_ctx) + " tokens (option n_ctx) need " +
+         gib(gpus.bytes(false).of(layers)) + ", " + gib(gpus.all_free()) + " are available" +
+         (gpus.free().size() > 1 ? " on " + std::to_string(gpus.free().size()) + " GPUs" : "") + "; " +
+         std::to_string(most) + " of " + std::to_string(n_layer) +
+         " layers fit (option gpu_layers), and a smaller n_ctx, or kv_type q8_0, needs less";
+}
+
+}  // namespace
+
+size_t LayerBytes::of(LayerRange range) const {
+  if (range.size() == 0) return 0;
+  const bool first = range.begin == 0, last = range.end == int(layers.size());
+  return std::accumulate(layers.begin() + range.begin, layers.begin() + range.end, size_t{0}) +
+         (first ? embedding : 0) + (last ? output : 0) - (first && last ? shared : 0);
+}
+
+std::vector<LayerRange> split(const LayerBytes& bytes, LayerRange layers, std::span<const size_t> free) {
+  constexpr int kSteps = 20;  // of a bisection: to a millionth
+  std::vector<LayerRange> best = filled(bytes, layers, free, 1);
+  double low = 0, high = 1;
+  for (int i = 0; i < kSteps && !best.empty(); ++i) {
+    const double middle = (low + high) / 2;
+    std::vector<LayerRange> ranges = filled(bytes, layers, free, middle);
+    (ranges.empty() ? low : high) = middle;
+    if (!ranges.empty()) best = std::move(ranges);
+  }
+  return best;
+}
+
+Placement place(const Model& model, const KvLayout& layout, const ContextOptions& options) {
+  const int n_layer = model.hyperparameters().n_layer;
+  const bool as_many_as_fit = options.device == "auto" && options.gpu_layers < 0;
+  int n_gpu = options.device == "cpu" ? 0 : options.gpu_layers < 0 ? n_layer : std::min(options.gpu_layers, n_layer);
+  Placement out;
+  std::optional<Gpus> gpus;
+  try {
+    if (n_gpu > 0) gpus.emplace(model, layout, options.n_ctx);
+  } catch (const Error& e) {
+    if (options.device == "cuda") throw;
+    out.why_not_cuda = e.what();
+    n_gpu = 0;
+  }
+  if (gpus) {
+    std::vector<LayerRange> ranges = on_gpus(*gpus, {n_layer - n_gpu, n_layer});
+    if (ranges.empty()) {
+      const int most = most_layers(*gpus, n_layer);
+      out.why_not_cuda = does_not_fit(*gpus, {n_layer - n_gpu, n_layer}, options.n_ctx, most);
+      if (!as_many_as_fit) throw OutOfMemoryError(out.why_not_cuda);
+      n_gpu = most;
+      ranges = split(gpus->bytes(false), {n_layer - n_gpu, n_layer}, gpus->free());
+    }
+    out.parts = gpus->take(ranges);
+  }
+  if (n_gpu < n_layer)
+    out.parts.insert(out.parts.begin(), Placement::Part{make_cpu_backend(options.n_threads), {0, n_layer - n_gpu}});
+  return out;
+}
+
+}  // namespace vptq
