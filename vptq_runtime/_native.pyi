@@ -66,23 +66,25 @@ class Context:
         model: Model,
         *,
         device: str,
+        gpu_layers: int = -1,
         n_ctx: int,
         n_threads: int,
         kv_type: str,
         precision: str = "auto",
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
-        """device: auto | cpu | cuda; n_ctx: most tokens of one sequence; n_threads: 0 for the physical cores;
-        kv_type: f16 | f32 | q8_0; precision: auto | f32; progress: see Runtime."""
+        """device: auto | cpu | cuda; gpu_layers: -1 for Runtime's None; n_ctx: most tokens of a sequence;
+        n_threads: 0 for the physical cores; kv_type: f16 | f32 | q8_0; precision: auto | f32; progress: see
+        Runtime."""
     @property
     def device(self) -> str:
         """What it runs on, for people: `cpu (avx512, 2 threads)`."""
     @property
     def why_not_cuda(self) -> str:
-        """Why device "auto" has become the CPU; else empty."""
+        """Why device "auto" has not put all layers on GPUs; else empty."""
     @property
     def available_memory(self) -> int:
-        """Bytes of the device's memory that could still be allocated."""
+        """Bytes that could still be allocated where the output is."""
     @property
     def n_ctx(self) -> int: ...
     @property

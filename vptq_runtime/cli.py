@@ -36,6 +36,7 @@ OPTION_NAMES = {
     "n_ctx": "-c",
     "n_threads": "-t",
     "device": "--device",
+    "gpu_layers": "--gpu-layers",
     "kv_type": "--kv-type",
     "precision": "--precision",
     "temperature": "--temp",
@@ -108,6 +109,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         type=int,
         help="threads (default: one for each physical core)",
+    )
+    p.add_argument(
+        "-ngl",
+        "--gpu-layers",
+        "--n-gpu-layers",
+        metavar="N",
+        type=int,
+        help="layers on the GPU, the others on the CPU (default: all, or with --device auto as many as fit)",
     )
     command.add_backend_options(p)
     sampling = p.add_argument_group("sampling")
@@ -203,6 +212,7 @@ def _run_model(arguments: argparse.Namespace) -> None:
         runtime = Runtime(
             arguments.model,
             device=arguments.device,
+            gpu_layers=arguments.gpu_layers,
             n_ctx=arguments.n_ctx,
             n_threads=arguments.n_threads,
             kv_type=arguments.kv_type,

@@ -53,6 +53,8 @@ class Runtime:
 
     path: the file, as `vptq-convert` writes it.
     device: "auto" (the best there is), "cpu" or "cuda"; `.device` says what it became.
+    gpu_layers: so many of the last layers, and the output, on the GPU, or on several where one cannot hold
+        them, the others on the CPU. None: all, and with "auto" as many as fit. More than there are: all.
     n_ctx: most tokens of one sequence, prompt and continuation; 0 for what the model was trained on,
         which is the default up to 4096. The cache's memory is taken per sequence, when it is needed.
     n_threads: by default one for each physical core.
@@ -78,6 +80,7 @@ class Runtime:
         n_threads: int | None = None,
         kv_type: str = "f16",
         precision: str = "auto",
+        gpu_layers: int | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
         start = time.perf_counter()
@@ -88,6 +91,8 @@ class Runtime:
         check_choice("kv_type", kv_type, KV_TYPES)
         check_choice("precision", precision, PRECISIONS)
         check_choice("device", device, DEVICES)
+        if gpu_layers is not None:
+            check_int("gpu_layers", gpu_layers, 0, MAX_INT)
         self._path = _checked_path(path)
         model = _native.Model(self._path)
         self._metadata: Metadata | None = Metadata(model)
@@ -104,6 +109,7 @@ class Runtime:
         self._context: _native.Context | None = _native.Context(
             model,
             device=device,
+            gpu_layers=-1 if gpu_layers is None else gpu_layers,
             n_ctx=min(model.n_ctx_train, DEFAULT_N_CTX) if n_ctx is None else n_ctx or model.n_ctx_train,
             n_threads=n_threads or 0,
             kv_type=kv_type,
@@ -146,7 +152,7 @@ class Runtime:
 
     @property
     def why_not_cuda(self) -> str:
-        """Why device="auto" has become the CPU; else empty."""
+        """Why device="auto" has not put all layers on GPUs; else empty."""
         return self._why_not_cuda
 
     @property

@@ -15,6 +15,7 @@
 #include "backend.h"
 #include "cpu/cpu_backend.h"
 #include "kv_cache.h"
+#include "placement.h"
 #include "vptq/error.h"
 
 namespace nb = nanobind;
@@ -283,7 +284,20 @@ Array2 dequantized(const LinearWeights& layer) {
   return out;
 }
 
+// How many of the last n_layers layers each GPU gets: placement.h's split() for what tests say of layers and memory.
+std::vector<int> split_layers(const std::vector<size_t>& layers, size_t embedding, size_t output, size_t shared,
+                              int n_layers, const std::vector<size_t>& free) {
+  const int n_layer = int(layers.size());
+  expect(n_layers >= 0 && n_layers <= n_layer, "n_layers: expected 0 to all");
+  std::vector<int> out;
+  for (const LayerRange range : split({layers, embedding, output, shared}, {n_layer - n_layers, n_layer}, free))
+    out.push_back(range.size());
+  return out;
+}
+
 void bind_operations(nb::module_& m) {
+  m.def("split_layers", split_layers, nb::kw_only(), nb::arg("layers"), nb::arg("embedding"), nb::arg("output"),
+        nb::arg("shared"), nb::arg("n_layers"), nb::arg("free"));
   nb::class_<Operations>(m, "Operations")
       .def(nb::init<const std::string&, int>(), nb::arg("isa"), nb::arg("n_threads"))
       .def("linear", &Operations::linear, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"),

@@ -221,11 +221,12 @@ Context::~Context() = default;
 
 const Model& Context::model() const { return *state_->model; }
 std::string Context::device() const {
+  if (state_->parts.size() == 1) return state_->parts[0].backend->description();
   std::string all;
   for (const State::Part& part : state_->parts) {
-    if (!all.empty()) all += ", ";
-    all += part.backend->description();
-    if (state_->parts.size() > 1) all += " with " + std::to_string(part.transformer.layers().size()) + " layers";
+    const int n = part.transformer.layers().size();
+    all += (all.empty() ? "" : ", ") + part.backend->description() + " with " + std::to_string(n) +
+           (n == 1 ? " layer" : " layers");
   }
   return all;
 }

@@ -11,7 +11,7 @@
 namespace vptq {
 namespace {
 
-constexpr size_t kKeptFree = 64;  // of a GPU's memory one part in so many: for workspace, and what else uses the GPU
+constexpr size_t kKeptFree = 64;  // of a GPU's memory one part in so many: for what else uses the GPU
 
 std::string gib(size_t bytes) {
   char text[32];
@@ -50,8 +50,9 @@ class Gpus {
   void add() {
     backends_.push_back(make_cuda_backend(int(backends_.size())));
     const Backend& gpu = *backends_.back();
+    // As much as the activations take, operations may take for themselves.
     const size_t others =
-        Transformer::activation_bytes(model_.hyperparameters(), gpu.max_tokens()) + gpu.total_memory() / kKeptFree;
+        2 * Transformer::activation_bytes(model_.hyperparameters(), gpu.max_tokens()) + gpu.total_memory() / kKeptFree;
     free_.push_back(gpu.available_memory() - std::min(others, gpu.available_memory()));
   }
 
@@ -61,7 +62,7 @@ class Gpus {
     const auto extra = [&](const LinearWeights& w) { return with_extra ? backends_[0]->extra_memory(w) : 0; };
     LayerBytes out;
     for (int i = 0; i < n_layer; ++i) {
-      out.layers.push_back(model_.layer_bytes(i) + KvLayout::blocks_for(n_ctx_) * layout_.layer_bytes());
+      out.layers.push_back(model_.layer_bytes(i) + kv_bytes());
       for (const LinearWeights* w : model_.layers()[i].linear_layers()) out.layers.back() += extra(*w);
     }
     out.embedding = model_.token_embd().bytes;
@@ -70,6 +71,7 @@ class Gpus {
     return out;
   }
 
+  size_t kv_bytes() const { return KvLayout::blocks_for(n_ctx_) * layout_.layer_bytes(); }  // of a layer
   const std::vector<size_t>& free() const { return free_; }
   size_t all_free() const { return std::accumulate(free_.begin(), free_.end(), size_t{0}); }
 
@@ -119,13 +121,14 @@ int most_layers(const Gpus& gpus, int n_layer) {
 }
 
 std::string does_not_fit(const Gpus& gpus, LayerRange layers, int n_ctx, int most) {
-  const int n_layer = int(gpus.bytes(false).layers.size());
-  const std::string what = layers.size() == n_layer ? "the model's weights" : std::to_string(layers.size()) + " layers";
-  return "device cuda: " + what + " and the KV cache for " + std::to_string(n_ctx) + " tokens (option n_ctx) need " +
-         gib(gpus.bytes(false).of(layers)) + ", " + gib(gpus.all_free()) + " are available" +
-         (gpus.free().size() > 1 ? " on " + std::to_string(gpus.free().size()) + " GPUs" : "") + "; " +
-         std::to_string(most) + " of " + std::to_string(n_layer) +
-         " layers fit (option gpu_layers), and a smaller n_ctx, or kv_type q8_0, needs less";
+  const LayerBytes bytes = gpus.bytes(false);
+  const size_t n_layer = bytes.layers.size(), n = layers.size(), need = bytes.of(layers), n_gpus = gpus.free().size();
+  return "device cuda: the " +
+         (n == n_layer ? "model's weights" : "weights of " + std::to_string(n) + (n == 1 ? " layer" : " layers")) +
+         " of " + gib(need - n * gpus.kv_bytes()) + " and the KV cache for " + std::to_string(n_ctx) +
+         " tokens (option n_ctx) need " + gib(need) + ", " + gib(gpus.all_free()) + " are available" +
+         (n_gpus > 1 ? " on " + std::to_string(n_gpus) + " GPUs" : "") + "; " + std::to_string(most) + " of " +
+         std::to_string(n_layer) + " layers fit (option gpu_layers), and a smaller n_ctx, or kv_type q8_0, needs less";
 }
 
 }  // namespace

@@ -95,15 +95,6 @@ class TestOnAGpu:
         with pytest.raises(OutOfMemoryError, match=expected):
             context("cuda", n_ctx=2**31 - 1, kv_type="f32")
 
-    def test_auto_takes_the_cpu_for_what_does_not_fit(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        need_gpu()
-        if "emulation" not in context("cuda").device:
-            pytest.skip("a GPU's memory cannot be made smaller")
-        monkeypatch.setenv("VPTQ_EMULATED_MEMORY", str(3 << 20))
-        found = context("auto")
-        assert found.device.startswith("cpu (")
-        assert "GiB, 0.00 GiB are available" in found.why_not_cuda
-
 
 @pytest.mark.gpu
 class TestSampling:

@@ -14,9 +14,9 @@ void check(cudaError_t error, const char* what) {
   throw DeviceError(message);
 }
 
-CurrentDevice::CurrentDevice(int device) : device_(device), before_(device) {
-  check(cudaGetDevice(&before_), "asking for the current GPU");
-  if (device_ != before_) check(cudaSetDevice(device_), "changing to another GPU");
+CurrentDevice::CurrentDevice(int device) noexcept : device_(device), before_(device) {
+  cudaGetDevice(&before_);
+  if (device_ != before_) cudaSetDevice(device_);
 }
 
 CurrentDevice::~CurrentDevice() {

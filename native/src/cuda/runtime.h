@@ -11,9 +11,10 @@ using Stream = cudaStream_t;
 void check(cudaError_t error, const char* what);
 
 // Makes a device the calling thread's, as all that is asked of one wants it, and gives back the one before at its end.
+// Does not throw: where it fails, what is asked of the device fails.
 class CurrentDevice {
  public:
-  explicit CurrentDevice(int device);
+  explicit CurrentDevice(int device) noexcept;
   ~CurrentDevice();
   CurrentDevice(const CurrentDevice&) = delete;
   CurrentDevice& operator=(const CurrentDevice&) = delete;

@@ -24,6 +24,7 @@
 using Work = std::function<void()>;
 
 struct CUstream_st {
+  int device;
   std::deque<Work> pending;
   bool capturing = false, invalidated = false;
   cudaStreamCaptureMode mode{};
@@ -51,14 +52,21 @@ constexpr size_t kSharedBytes = 48 << 10, kSharedBytesOptIn = 227 << 10;
 constexpr size_t kDefaultMemory = size_t{4} << 30;
 
 thread_local cudaError_t last_error = cudaSuccess;
+thread_local int current_device = 0;
+
+struct Allocation {
+  size_t bytes;
+  int device;  // pinned memory's is kHost
+};
+constexpr int kHost = -1;
+using Allocations = std::map<uintptr_t, Allocation>;  // by address
 
 // Guarded by `mutex`: several OS threads may use several streams.
 std::mutex mutex;
 std::set<cudaStream_t> streams;
-std::map<uintptr_t, size_t> device_memory, pinned_memory;  // address to bytes
-size_t device_bytes = 0;
-int n_running = 0;  // works
-std::map<const void*, size_t> allowed_shared;
+Allocations device_memory, pinned_memory;
+std::map<int, int> n_running;  // by device: works
+std::map<std::pair<int, const void*>, size_t> allowed_shared;
 
 // Held while pending work runs, and not by who holds `mutex`: streams take turns.
 std::mutex one_stream;
@@ -68,17 +76,32 @@ cudaError_t result(cudaError_t error) {
   return error;
 }
 
-size_t total_memory() {
-  const char* text = std::getenv("VPTQ_EMULATED_MEMORY");
-  return text ? std::strtoull(text, nullptr, 10) : kDefaultMemory;
+int device_count() {
+  const char* text = std::getenv("VPTQ_EMULATED_DEVICES");
+  return text ? std::atoi(text) : 1;
 }
 
-bool holds(const std::map<uintptr_t, size_t>& memory, const void* address, size_t bytes) {
+bool is_device(int device) { return device >= 0 && device < device_count(); }
+
+size_t total_memory(int device) {
+  const char* text = std::getenv("VPTQ_EMULATED_MEMORY");
+  if (!text) return kDefaultMemory;
+  for (; device > 0 && std::strchr(text, ','); --device) text = std::strchr(text, ',') + 1;
+  return std::strtoull(text, nullptr, 10);
+}
+
+size_t allocated(int device) {
+  size_t bytes = 0;
+  for (const auto& [address, memory] : device_memory) bytes += memory.device == device ? memory.bytes : 0;
+  return bytes;
+}
+
+bool holds(const Allocations& memory, const void* address, size_t bytes) {
   const auto start = reinterpret_cast<uintptr_t>(address);
   auto after = memory.upper_bound(start);
   if (after == memory.begin()) return false;
-  const auto& [first, size] = *std::prev(after);
-  return start - first <= size && bytes <= size - (start - first);
+  const auto& [first, found] = *std::prev(after);
+  return start - first <= found.bytes && bytes <= found.bytes - (start - first);
 }
 
 // What waits for the device, or may: not while a capture that forbids it is under way, which it ends.
@@ -95,24 +118,30 @@ bool forbidden_by_capture() {
 void forbid(uintptr_t memory, size_t bytes) { ASAN_POISON_MEMORY_REGION(reinterpret_cast<void*>(memory), bytes); }
 void permit(uintptr_t memory, size_t bytes) { ASAN_UNPOISON_MEMORY_REGION(reinterpret_cast<void*>(memory), bytes); }
 
-// Device memory is there only while this is.
+// A device's memory is there only while this is.
 class Running {
  public:
-  Running() {
+  explicit Running(int device) : device_(device) {
     const std::lock_guard lock(mutex);
-    if (n_running++ > 0) return;
-    for (const auto& [memory, bytes] : device_memory) permit(memory, bytes);
+    if (n_running[device_]++ == 0) for_all(permit);
   }
   ~Running() {
     const std::lock_guard lock(mutex);
-    if (--n_running > 0) return;
-    for (const auto& [memory, bytes] : device_memory) forbid(memory, bytes);
+    if (--n_running[device_] == 0) for_all(forbid);
   }
+
+ private:
+  void for_all(void (*change)(uintptr_t, size_t)) const {
+    for (const auto& [address, memory] : device_memory)
+      if (memory.device == device_) change(address, memory.bytes);
+  }
+
+  int device_;
 };
 
 // Runs the stream's work, in order, until `enough`, or all of it. The caller holds `one_stream`.
 void run_pending(cudaStream_t stream, const std::function<bool()>& enough = [] { return false; }) {
-  const Running running;
+  const Running running(stream->device);
   while (!enough()) {
     Work work;
     {
@@ -130,6 +159,7 @@ cudaError_t submit(cudaStream_t stream, Work work) {
   if (stream) {
     const std::lock_guard lock(mutex);
     if (!streams.count(stream)) return cudaErrorInvalidValue;
+    if (stream->device != current_device) return cudaErrorInvalidResourceHandle;  // CUDA lets copies through
     if (stream->invalidated) return cudaErrorStreamCaptureInvalidated;
     if (stream->capturing) {
       stream->recorded.push_back(std::move(work));
@@ -142,7 +172,7 @@ cudaError_t submit(cudaStream_t stream, Work work) {
     const std::lock_guard lock(mutex);
     if (forbidden_by_capture()) return cudaErrorStreamCaptureUnsupported;
   }
-  const Running running;
+  const Running running(current_device);
   work();
   return cudaSuccess;
 }
@@ -170,13 +200,13 @@ cudaError_t check_wait() {
   return forbidden_by_capture() ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
 }
 
-cudaError_t allocate(void** memory, size_t bytes, std::map<uintptr_t, size_t>& kind) {
+cudaError_t allocate(void** memory, size_t bytes, Allocations& kind, int device) {
   *memory = nullptr;
   if (bytes == 0) return cudaSuccess;
   // Exactly as large as asked for, that AddressSanitizer sees what goes past it.
   if (posix_memalign(memory, 256, bytes) != 0) return cudaErrorMemoryAllocation;
   std::memset(*memory, 0xff, bytes);
-  kind[reinterpret_cast<uintptr_t>(*memory)] = bytes;
+  kind[reinterpret_cast<uintptr_t>(*memory)] = {bytes, device};
   return cudaSuccess;
 }
 
@@ -195,7 +225,7 @@ cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared_byte
   }
   {
     const std::lock_guard lock(mutex);
-    const auto allowed = allowed_shared.find(kernel);
+    const auto allowed = allowed_shared.find({current_device, kernel});
     if (shared_bytes > (allowed == allowed_shared.end() ? kSharedBytes : std::max(kSharedBytes, allowed->second))) {
       return result(cudaErrorInvalidValue);
     }
@@ -213,6 +243,7 @@ const char* cudaGetErrorName(cudaError_t error) {
     case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
     case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
     case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
+    case cudaErrorInvalidResourceHandle: return "cudaErrorInvalidResourceHandle";
     case cudaErrorIllegalState: return "cudaErrorIllegalState";
     case cudaErrorStreamCaptureUnsupported: return "cudaErrorStreamCaptureUnsupported";
     case cudaErrorStreamCaptureInvalidated: return "cudaErrorStreamCaptureInvalidated";
@@ -227,6 +258,7 @@ const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorMemoryAllocation: return "out of memory";
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
     case cudaErrorInvalidDevice: return "invalid device ordinal";
+    case cudaErrorInvalidResourceHandle: return "invalid resource handle";
     case cudaErrorIllegalState: return "the operation cannot be performed in the present state";
     case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
     case cudaErrorStreamCaptureInvalidated: return "operation failed due to a previous error during capture";
@@ -237,25 +269,29 @@ const char* cudaGetErrorString(cudaError_t error) {
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
+  *count = device_count();
   return cudaSuccess;
 }
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = current_device;
   return cudaSuccess;
 }
 
-cudaError_t cudaSetDevice(int device) { return result(device == 0 ? cudaSuccess : cudaErrorInvalidDevice); }
+cudaError_t cudaSetDevice(int device) {
+  if (!is_device(device)) return result(cudaErrorInvalidDevice);
+  current_device = device;
+  return cudaSuccess;
+}
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
-  if (device != 0) return result(cudaErrorInvalidDevice);
+  if (!is_device(device)) return result(cudaErrorInvalidDevice);
   *properties = {};
   std::snprintf(properties->name, sizeof(properties->name), "emulation");
   properties->major = 9;
   properties->minor = 0;
   properties->multiProcessorCount = 4;
-  properties->totalGlobalMem = total_memory();
+  properties->totalGlobalMem = total_memory(device);
   properties->sharedMemPerBlock = kSharedBytes;
   properties->sharedMemPerBlockOptin = kSharedBytesOptIn;
   properties->l2CacheSize = 50 << 20;
@@ -277,20 +313,19 @@ cudaError_t cudaDeviceSynchronize() {
 
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   const std::lock_guard lock(mutex);
-  *total = total_memory();
-  *free = *total - std::min(*total, device_bytes);
+  *total = total_memory(current_device);
+  *free = *total - std::min(*total, allocated(current_device));
   return cudaSuccess;
 }
 
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
   const std::lock_guard lock(mutex);
   if (forbidden_by_capture()) return result(cudaErrorStreamCaptureUnsupported);
-  const size_t total = total_memory();
+  const size_t total = total_memory(current_device), taken = allocated(current_device);
   *memory = nullptr;
-  if (device_bytes > total || bytes > total - device_bytes) return result(cudaErrorMemoryAllocation);
-  const cudaError_t error = allocate(memory, bytes, device_memory);
-  if (*memory && n_running == 0) forbid(reinterpret_cast<uintptr_t>(*memory), bytes);
-  if (error == cudaSuccess) device_bytes += bytes;
+  if (taken > total || bytes > total - taken) return result(cudaErrorMemoryAllocation);
+  const cudaError_t error = allocate(memory, bytes, device_memory, current_device);
+  if (*memory && n_running[current_device] == 0) forbid(reinterpret_cast<uintptr_t>(*memory), bytes);
   return result(error);
 }
 
@@ -300,8 +335,7 @@ cudaError_t cudaFree(void* memory) {
   const std::lock_guard lock(mutex);
   const auto found = device_memory.find(reinterpret_cast<uintptr_t>(memory));
   if (found == device_memory.end()) return result(cudaErrorInvalidValue);
-  permit(found->first, found->second);
-  device_bytes -= found->second;
+  permit(found->first, found->second.bytes);
   device_memory.erase(found);
   std::free(memory);
   return cudaSuccess;
@@ -310,7 +344,7 @@ cudaError_t cudaFree(void* memory) {
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
   const std::lock_guard lock(mutex);
   if (forbidden_by_capture()) return result(cudaErrorStreamCaptureUnsupported);
-  return result(allocate(memory, bytes, pinned_memory));
+  return result(allocate(memory, bytes, pinned_memory, kHost));
 }
 
 cudaError_t cudaMallocHost(void** memory, size_t bytes) { return cudaHostAlloc(memory, bytes, cudaHostAllocDefault); }
@@ -327,7 +361,7 @@ cudaError_t cudaFreeHost(void* memory) {
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
   if (flags != cudaStreamNonBlocking) return result(cudaErrorInvalidValue);
   const std::lock_guard lock(mutex);
-  *stream = new CUstream_st;
+  *stream = new CUstream_st{.device = current_device};
   streams.insert(*stream);
   return cudaSuccess;
 }
@@ -491,6 +525,6 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
     return result(cudaErrorInvalidValue);
   }
   const std::lock_guard lock(mutex);
-  allowed_shared[kernel] = static_cast<size_t>(value);
+  allowed_shared[{current_device, kernel}] = static_cast<size_t>(value);
   return cudaSuccess;
 }

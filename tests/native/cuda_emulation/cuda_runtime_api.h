@@ -13,6 +13,7 @@ enum cudaError {
   cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInvalidDevice = 101,
+  cudaErrorInvalidResourceHandle = 400,
   cudaErrorIllegalState = 401,
   cudaErrorStreamCaptureUnsupported = 900,
   cudaErrorStreamCaptureInvalidated = 901,
@@ -33,14 +34,17 @@ struct cudaDeviceProp {
   int l2CacheSize;
 };
 
+// As many as the environment's VPTQ_EMULATED_DEVICES says; 1 without it. What runs has the memory of its stream's
+// device only: AddressSanitizer reports another one's.
 cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);
 cudaError_t cudaDeviceSynchronize();
 
-// Device memory is as large as the environment's VPTQ_EMULATED_MEMORY says, in bytes; 4 GiB without it. What is
-// allocated has every byte 0xff. AddressSanitizer reports the host's own reads and writes there ("use after poison").
+// A device's memory is as large as the environment's VPTQ_EMULATED_MEMORY says, in bytes, or a list of them with
+// commas, the last one for all other devices; 4 GiB without it. What is allocated has every byte 0xff. AddressSanitizer
+// reports the host's own reads and writes there ("use after poison").
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total);
 cudaError_t cudaMalloc(void** memory, size_t bytes);
 cudaError_t cudaFree(void* memory);

@@ -111,6 +111,29 @@ void test_memory() {
   EXPECT(cudaMemcpy(host, host + 4, 4, cudaMemcpyHostToDevice) == cudaErrorInvalidValue);
 }
 
+void test_devices() {
+  setenv("VPTQ_EMULATED_DEVICES", "2", 1);
+  setenv("VPTQ_EMULATED_MEMORY", "1000,2000", 1);
+  int n = 0;
+  size_t free = 0, total = 0;
+  EXPECT(cudaGetDeviceCount(&n) == cudaSuccess && n == 2);
+  EXPECT(cudaSetDevice(2) == cudaErrorInvalidDevice && cudaSetDevice(1) == cudaSuccess);
+  cudaStream_t stream;
+  EXPECT(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess);
+  {
+    const Device<float> x(std::vector<float>(8, 1.0f)), y(std::vector<float>(8, 0.0f));
+    EXPECT(cudaMemGetInfo(&free, &total) == cudaSuccess && total == 2000 && free == 2000 - 2 * 8 * sizeof(float));
+    launch(scale, {1, 8}, stream, x.get(), 3.0f, y.get());
+    EXPECT(cudaSetDevice(0) == cudaSuccess);
+    EXPECT(cudaMemGetInfo(&free, &total) == cudaSuccess && total == 1000 && free == 1000);
+    EXPECT(cudaMemsetAsync(y.get(), 0, 8 * sizeof(float), stream) == cudaErrorInvalidResourceHandle);
+    EXPECT(cudaSetDevice(1) == cudaSuccess && cudaStreamSynchronize(stream) == cudaSuccess && y.values()[7] == 3);
+  }
+  EXPECT(cudaStreamDestroy(stream) == cudaSuccess && cudaSetDevice(0) == cudaSuccess);
+  unsetenv("VPTQ_EMULATED_DEVICES");
+  unsetenv("VPTQ_EMULATED_MEMORY");
+}
+
 __global__ void idle() {}
 
 bool launches(const Shape& shape) {
@@ -139,5 +162,6 @@ void test_runtime_api() {
   test_streams();
   test_host_threads();
   test_memory();
+  test_devices();
   test_shapes();
 }
