@@ -110,13 +110,14 @@ def test_every_option_arrives(
     monkeypatch.setattr(Runtime, "__init__", spying_init)
     monkeypatch.setattr(Runtime, "generate", spying_generate)
     options = "-n 7 -c 99 -t 1 --device cpu --temp 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 --repeat-penalty 1.1"
-    more = "--seed 4 --stop a --stop b --kv-type f32 --precision f32"
+    more = "--seed 4 --stop a --stop b --kv-type f32 --precision f32 -ngl 0"
     assert cli.main(["-m", str(model), "-p", "a", *options.split(), *more.split()]) == 0
     assert seen == {
         "max_tokens": 7,
         "n_ctx": 99,
         "n_threads": 1,
         "device": "cpu",
+        "gpu_layers": 0,
         "temperature": 0.5,
         "top_k": 3,
         "top_p": 0.9,
@@ -129,8 +130,8 @@ def test_every_option_arrives(
         "progress": None,  # standard error is no terminal
         "stream": True,
     }
-    short = "-n 7 -c 99 -t 1 --temp 0.5 --system b --seed 4"
-    long = "--n-predict 7 --ctx-size 99 --threads 1 --temp 0.5 -sys b -s 4"
+    short = "-n 7 -c 99 -t 1 -ngl 3 --temp 0.5 --system b --seed 4"
+    long = "--n-predict 7 --ctx-size 99 --threads 1 --n-gpu-layers 3 --temp 0.5 -sys b -s 4"
     assert cli.parser().parse_args(short.split()) == cli.parser().parse_args(long.split())
     capsys.readouterr()
 

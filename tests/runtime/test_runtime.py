@@ -314,6 +314,9 @@ def test_other_bad_arguments(runtime: Runtime) -> None:
         {"kv_type": "f64"},
         {"kv_type": None},
         {"precision": "f16"},
+        {"gpu_layers": -1},
+        {"gpu_layers": "all"},
+        {"gpu_layers": 3, "device": "cpu"},
         {"device": "tpu"},
         {"device": None},
         {"device": "\udc80"},
@@ -325,7 +328,7 @@ def test_other_bad_arguments(runtime: Runtime) -> None:
     ids=repr,
 )
 def test_bad_options(model: Path, options: dict[str, Any]) -> None:
-    (name,) = options
+    name = next(iter(options))
     with pytest.raises((OptionError, UnsupportedError), match=name):
         Runtime(**{"path": model} | options)
 
