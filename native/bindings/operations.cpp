@@ -285,7 +285,7 @@ Array2 dequantized(const LinearWeights& layer) {
 }
 
 // How many of the last n_layers layers each GPU gets: placement.h's split() for what tests say of layers and memory.
-std::vector<int> split_layers(const std::vector<size_t>& layers, size_t embedding, size_t output, size_t shared,
+std::vector<int> split_layers(const std::vector<double>& layers, double embedding, double output, double shared,
                               int n_layers, const std::vector<size_t>& free) {
   const int n_layer = int(layers.size());
   expect(n_layers >= 0 && n_layers <= n_layer, "n_layers: expected 0 to all");

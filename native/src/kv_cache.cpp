@@ -1,20 +1,10 @@
 #include "kv_cache.h"
 
 #include <algorithm>
-#include <cstdio>
 
 #include "vptq/error.h"
 
 namespace vptq {
-namespace {
-
-std::string gib(double bytes) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.2f GiB", bytes / (1 << 30));
-  return text;
-}
-
-}  // namespace
 
 KvCache::KvCache(const std::vector<Part>& parts, int n_ctx) : n_ctx_(n_ctx) {
   for (const Part& part : parts) pools_.push_back({part, {}});

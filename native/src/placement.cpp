@@ -1,7 +1,6 @@
 #include "placement.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <numeric>
 #include <optional>
 
@@ -13,14 +12,8 @@ namespace {
 
 constexpr size_t kKeptFree = 64;  // of a GPU's memory one part in so many: for what else uses the GPU
 
-std::string gib(size_t bytes) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.2f GiB", double(bytes) / (1 << 30));
-  return text;
-}
-
 // The layers from range.begin on, at most to range.end, that fit.
-LayerRange most_that_fit(const LayerBytes& bytes, LayerRange range, size_t free) {
+LayerRange most_that_fit(const LayerBytes& bytes, LayerRange range, double free) {
   LayerRange out{range.begin, range.begin};
   while (out.end < range.end && bytes.of({out.begin, out.end + 1}) <= free) ++out.end;
   return out;
@@ -30,7 +23,7 @@ std::vector<LayerRange> filled(const LayerBytes& bytes, LayerRange layers, std::
   std::vector<LayerRange> out;
   int at = layers.begin;
   for (const size_t each : free) {
-    out.push_back(most_that_fit(bytes, {at, layers.end}, size_t(share * double(each))));
+    out.push_back(most_that_fit(bytes, {at, layers.end}, share * double(each)));
     at = out.back().end;
   }
   if (at < layers.end) out.clear();
@@ -47,8 +40,15 @@ class Gpus {
   }
 
   bool more() const { return int(backends_.size()) < n_devices_; }
+  // One that cannot be used ends the list, unless it is the first.
   void add() {
-    backends_.push_back(make_cuda_backend(int(backends_.size())));
+    try {
+      backends_.push_back(make_cuda_backend(int(backends_.size())));
+    } catch (const Error&) {
+      if (backends_.empty()) throw;
+      n_devices_ = int(backends_.size());
+      return;
+    }
     const Backend& gpu = *backends_.back();
     // As much as the activations take, operations may take for themselves.
     const size_t others =
@@ -59,30 +59,29 @@ class Gpus {
   // with_extra: and what makes layers faster.
   LayerBytes bytes(bool with_extra) const {
     const int n_layer = model_.hyperparameters().n_layer;
-    const auto extra = [&](const LinearWeights& w) { return with_extra ? backends_[0]->extra_memory(w) : 0; };
+    const auto extra = [&](const LinearWeights& w) { return with_extra ? double(backends_[0]->extra_memory(w)) : 0; };
     LayerBytes out;
     for (int i = 0; i < n_layer; ++i) {
-      out.layers.push_back(model_.layer_bytes(i) + kv_bytes());
+      out.layers.push_back(double(model_.layer_bytes(i)) + kv_bytes());
       for (const LinearWeights* w : model_.layers()[i].linear_layers()) out.layers.back() += extra(*w);
     }
-    out.embedding = model_.token_embd().bytes;
-    out.output = model_.output_bytes() + extra(model_.output());
+    out.embedding = double(model_.token_embd().bytes);
+    out.output = double(model_.output_bytes()) + extra(model_.output());
     if (model_.tied()) out.shared = out.embedding;
     return out;
   }
 
-  size_t kv_bytes() const { return KvLayout::blocks_for(n_ctx_) * layout_.layer_bytes(); }  // of a layer
+  double kv_bytes() const { return double(KvLayout::blocks_for(n_ctx_)) * double(layout_.layer_bytes()); }  // a layer's
   const std::vector<size_t>& free() const { return free_; }
-  size_t all_free() const { return std::accumulate(free_.begin(), free_.end(), size_t{0}); }
+  double all_free() const { return std::accumulate(free_.begin(), free_.end(), 0.0); }
 
-  // The GPUs that got layers, as parts. What is left of their memory may make the layers faster, but for a quarter of
-  // it.
+  // The GPUs that got layers, as parts. Three quarters of what is left of their memory may make the layers faster.
   std::vector<Placement::Part> take(const std::vector<LayerRange>& ranges) {
     const LayerBytes least = bytes(false);
     std::vector<Placement::Part> parts;
     for (size_t i = 0; i < ranges.size(); ++i) {
       if (ranges[i].size() == 0) continue;
-      backends_[i]->allow_extra_memory((free_[i] - least.of(ranges[i])) / 4 * 3);
+      backends_[i]->allow_extra_memory(size_t(0.75 * (double(free_[i]) - least.of(ranges[i]))));
       parts.push_back({std::move(backends_[i]), ranges[i]});
     }
     return parts;
@@ -97,8 +96,7 @@ class Gpus {
   std::vector<size_t> free_;
 };
 
-// These layers on as few GPUs as hold them; none where all the GPUs do not. With what makes them faster if they hold
-// that.
+// These layers on as few GPUs as hold them and what makes them faster, or else on all, or nowhere.
 std::vector<LayerRange> on_gpus(Gpus& gpus, LayerRange layers) {
   for (const bool with_extra : {true, false}) {
     const LayerBytes bytes = gpus.bytes(with_extra);
@@ -122,10 +120,11 @@ int most_layers(const Gpus& gpus, int n_layer) {
 
 std::string does_not_fit(const Gpus& gpus, LayerRange layers, int n_ctx, int most) {
   const LayerBytes bytes = gpus.bytes(false);
-  const size_t n_layer = bytes.layers.size(), n = layers.size(), need = bytes.of(layers), n_gpus = gpus.free().size();
+  const size_t n_layer = bytes.layers.size(), n = layers.size(), n_gpus = gpus.free().size();
+  const double need = bytes.of(layers);
   return "device cuda: the " +
          (n == n_layer ? "model's weights" : "weights of " + std::to_string(n) + (n == 1 ? " layer" : " layers")) +
-         " of " + gib(need - n * gpus.kv_bytes()) + " and the KV cache for " + std::to_string(n_ctx) +
+         " of " + gib(need - double(n) * gpus.kv_bytes()) + " and the KV cache for " + std::to_string(n_ctx) +
          " tokens (option n_ctx) need " + gib(need) + ", " + gib(gpus.all_free()) + " are available" +
          (n_gpus > 1 ? " on " + std::to_string(n_gpus) + " GPUs" : "") + "; " + std::to_string(most) + " of " +
          std::to_string(n_layer) + " layers fit (option gpu_layers), and a smaller n_ctx, or kv_type q8_0, needs less";
@@ -133,11 +132,11 @@ std::string does_not_fit(const Gpus& gpus, LayerRange layers, int n_ctx, int mos
 
 }  // namespace
 
-size_t LayerBytes::of(LayerRange range) const {
+double LayerBytes::of(LayerRange range) const {
   if (range.size() == 0) return 0;
   const bool first = range.begin == 0, last = range.end == int(layers.size());
-  return std::accumulate(layers.begin() + range.begin, layers.begin() + range.end, size_t{0}) +
-         (first ? embedding : 0) + (last ? output : 0) - (first && last ? shared : 0);
+  return std::accumulate(layers.begin() + range.begin, layers.begin() + range.end, 0.0) + (first ? embedding : 0) +
+         (last ? output : 0) - (first && last ? shared : 0);
 }
 
 std::vector<LayerRange> split(const LayerBytes& bytes, LayerRange layers, std::span<const size_t> free) {

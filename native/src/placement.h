@@ -11,14 +11,14 @@
 
 namespace vptq {
 
-// What a model's layers take of the memory of GPUs.
+// What a model's layers take of the memory of GPUs, in bytes: doubles, as n_ctx can ask for more than size_t counts.
 struct LayerBytes {
-  std::vector<size_t> layers;  // (n_layer)
-  size_t embedding = 0;        // with the first layer
-  size_t output = 0;           // with the last one
-  size_t shared = 0;           // of both, where one GPU has both
+  std::vector<double> layers;  // (n_layer)
+  double embedding = 0;        // with the first layer
+  double output = 0;           // with the last one
+  double shared = 0;           // of both, where one GPU has both
 
-  size_t of(LayerRange range) const;
+  double of(LayerRange range) const;
 };
 
 // The layers cut into pieces, one for each of GPUs with so many bytes free, empty ones among them, such that they fill

@@ -2,6 +2,7 @@
 // and what was expected. The Python classes of the same names are in vptq_runtime/errors.py.
 #pragma once
 
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 
@@ -43,5 +44,12 @@ struct DeviceError : Error {
 struct OutOfMemoryError : Error {
   using Error::Error;
 };
+
+// An amount of memory, as messages have it.
+inline std::string gib(double bytes) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.2f GiB", bytes / (1 << 30));
+  return text;
+}
 
 }  // namespace vptq
