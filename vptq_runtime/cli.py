@@ -5,17 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import secrets
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from vptq_runtime import command, demo_path
-from vptq_runtime.errors import FileError, OptionError, VPTQError
+from vptq_runtime.errors import OptionError
 from vptq_runtime.generation import Options
 
 if TYPE_CHECKING:
@@ -24,21 +21,11 @@ if TYPE_CHECKING:
     from vptq_runtime.runtime import Runtime
 
 DEFAULT_MAX_TOKENS = 128
-SILENT_LOAD_S = 0.5
-BOLD, DIM, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 CHAT_COMMANDS = (
     "/exit, /quit or Ctrl-D leaves, /reset forgets the conversation, /help shows this, Ctrl-C stops a reply"
 )
-# The Python API's names, which its errors begin with, as the command line has them.
-OPTION_NAMES = {
-    "path": "-m",
+OPTION_NAMES = command.RUNTIME_OPTIONS | {
     "max_tokens": "-n",
-    "n_ctx": "-c",
-    "n_threads": "-t",
-    "device": "--device",
-    "gpu_layers": "--gpu-layers",
-    "kv_type": "--kv-type",
-    "precision": "--precision",
     "temperature": "--temp",
     "top_k": "--top-k",
     "top_p": "--top-p",
@@ -94,30 +81,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         help=f"most new tokens; -1: as the context allows (default: {DEFAULT_MAX_TOKENS}; with --chat -1)",
     )
-    p.add_argument(
-        "-c",
-        "--n-ctx",
-        "--ctx-size",
-        metavar="N",
-        type=int,
-        help="context in tokens; 0: what the model was trained on (default: that, but not over 4096)",
-    )
-    p.add_argument(
-        "-t",
-        "--n-threads",
-        "--threads",
-        metavar="N",
-        type=int,
-        help="threads (default: one for each physical core)",
-    )
-    p.add_argument(
-        "-ngl",
-        "--gpu-layers",
-        "--n-gpu-layers",
-        metavar="N",
-        type=int,
-        help="layers on the GPU, the others on the CPU (default: all, or with --device auto as many as fit)",
-    )
+    command.add_context_options(p)
     command.add_backend_options(p)
     sampling = p.add_argument_group("sampling")
     sampling.add_argument(
@@ -176,23 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command.run("vptq-run", lambda: _run(arguments))
 
 
-@contextlib.contextmanager
-def _options_as_typed(arguments: argparse.Namespace) -> Iterator[None]:
-    """Errors that name an argument of the Python API name the option instead."""
-    try:
-        yield
-    except VPTQError as error:
-        name, _, found = str(error).partition(": ")
-        if name in OPTION_NAMES:
-            kind = command.UsageError if isinstance(error, OptionError) else type(error)
-            raise kind(f"{OPTION_NAMES[name]}: {found}") from None
-        if name == "prompt" and not arguments.chat:
-            raise type(error)(f"{'-p' if arguments.file is None else '-f'}: {found}") from None
-        raise
-
-
 def _run(arguments: argparse.Namespace) -> None:
-    with _options_as_typed(arguments):
+    prompt = {} if arguments.chat else {"prompt": "-p" if arguments.file is None else "-f"}
+    with command.options_as_typed(OPTION_NAMES, prompt):
         _run_model(arguments)
 
 
@@ -206,65 +156,19 @@ def _run_model(arguments: argparse.Namespace) -> None:
         arguments.seed = secrets.randbits(32)
     options = _options(arguments)
     Options.checked(**options)  # a large model takes its time to load
-    from vptq_runtime.runtime import Runtime  # only now: --help and wrong usage should not wait for it
-
-    with _loading_bar() as progress:
-        runtime = Runtime(
-            arguments.model,
-            device=arguments.device,
-            gpu_layers=arguments.gpu_layers,
-            n_ctx=arguments.n_ctx,
-            n_threads=arguments.n_threads,
-            kv_type=arguments.kv_type,
-            precision=arguments.precision,
-            progress=progress,
-        )
-    with runtime:
-        if runtime.n_ctx > runtime.n_ctx_train:
-            trained = f"more than the {runtime.n_ctx_train} that the model was trained on"
-            _note(f"the context of {runtime.n_ctx} tokens is {trained}")
+    with command.open_runtime(arguments.model, arguments) as runtime:
         if arguments.chat:
             _chat(runtime, arguments, options, prompt)
         else:
             _complete(runtime, arguments, options, prompt)
 
 
-@contextlib.contextmanager
-def _loading_bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on the terminal, once loading has taken a moment: a GPU's memory has to be filled first."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    begin = time.monotonic()
-    with contextlib.ExitStack() as shown:
-        show: Callable[[int, int], None] | None = None
-
-        def progress(done: int, total: int) -> None:
-            nonlocal show
-            if show is None and time.monotonic() - begin > SILENT_LOAD_S:
-                from rich.console import Console
-                from rich.progress import Progress
-
-                bar = shown.enter_context(Progress(console=Console(stderr=True), transient=True))
-                task = bar.add_task("Loading layers")
-                show = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
-            if show is not None:
-                show(done, total)
-
-        yield progress
-
-
 def _prompt(arguments: argparse.Namespace) -> str | None:
     given: str | None = arguments.prompt
     if given == "-":
-        given = _decoded(sys.stdin.buffer.read(), "standard input")
+        given = command.decoded(sys.stdin.buffer.read(), "standard input")
     elif arguments.file is not None:
-        try:
-            given = _decoded(Path(arguments.file).read_bytes(), arguments.file)
-        except (OSError, ValueError) as error:  # ValueError: a null byte in its name
-            raise FileError(
-                f"{arguments.file}: cannot be read: {getattr(error, 'strerror', error)}"
-            ) from None
+        given = command.read_text(arguments.file)
     else:
         return given
     return given.removesuffix("\n")  # echo's, or an editor's, and no model expects it
@@ -276,7 +180,7 @@ def _complete(
     assert prompt is not None
     stream = runtime.generate(prompt, stream=True, **options)
     if sys.stdout.isatty() and not arguments.json:
-        print(_styled(BOLD, _printable(prompt, sys.stdout), sys.stdout), end="", flush=True)
+        print(command.styled(command.BOLD, _printable(prompt, sys.stdout), sys.stdout), end="", flush=True)
     _print_stream(runtime, arguments, stream, {"prompt": prompt})
 
 
@@ -292,14 +196,14 @@ def _chat(
     messages = system
     replied = False
     for line in _lines(interactive) if prompt is None else [prompt]:
-        command = line.strip() if prompt is None else None
-        if command in ("/exit", "/quit"):
+        typed = line.strip() if prompt is None else None
+        if typed in ("/exit", "/quit"):
             break
-        if command == "/reset":
+        if typed == "/reset":
             messages = system
-        elif command == "/help":
-            _note(CHAT_COMMANDS)
-        elif command != "":
+        elif typed == "/help":
+            command.note(CHAT_COMMANDS)
+        elif typed != "":
             try:
                 asked = [*messages, {"role": "user", "content": line}]
                 messages = _turn(runtime, arguments, options, asked, interactive, with_load=not replied)
@@ -325,7 +229,7 @@ def _turn(
     room = min(options["max_tokens"] or runtime.n_ctx, runtime.n_ctx // 4)  # kept free for the reply
     kept = trimmed(messages, lambda some: len(runtime.chat_tokens(some)), runtime.n_ctx - room)
     if len(kept) < len(messages):
-        _note(f"the context of {runtime.n_ctx} tokens is full: the oldest turns are forgotten")
+        command.note(f"the context of {runtime.n_ctx} tokens is full: the oldest turns are forgotten")
     stream = runtime.chat(kept, stream=True, **options)
     try:
         _print_stream(runtime, arguments, stream, {"messages": kept}, with_load=with_load)
@@ -369,7 +273,7 @@ def _report(
     with_load: bool,
 ) -> None:
     if generation.finish_reason == "length" and len(generation.tokens) != arguments.max_tokens:
-        _note(f"the context of {runtime.n_ctx} tokens is full: the text ends here")
+        command.note(f"the context of {runtime.n_ctx} tokens is full: the text ends here")
     timings = generation.timings
     speeds = {
         "prompt_tokens_per_s": timings.prompt_tokens_per_s,
@@ -393,7 +297,7 @@ def _report(
     prompt = _counted(timings.prompt_tokens, timings.prompt_tokens_per_s)
     generated = _counted(len(generation.tokens), timings.decode_tokens_per_s)
     why = f"; {runtime.why_not_cuda}" if with_load and runtime.why_not_cuda else ""
-    _note(f"{load}prompt {prompt} | generated {generated} | {runtime.device}{why}")
+    command.note(f"{load}prompt {prompt} | generated {generated} | {runtime.device}{why}")
 
 
 def _counted(n_tokens: int, per_s: float) -> str:
@@ -418,12 +322,12 @@ def _lines(interactive: bool) -> Iterator[str]:
     """What is typed or piped in, line by line, until its end."""
     if not interactive:
         for line in sys.stdin.buffer:
-            yield _decoded(line, "standard input").rstrip("\r\n")
+            yield command.decoded(line, "standard input").rstrip("\r\n")
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (gives input() its line editing)
     sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # refused by name, later
-    _note(CHAT_COMMANDS)
+    command.note(CHAT_COMMANDS)
     interrupted = False
     while True:
         try:
@@ -436,29 +340,11 @@ def _lines(interactive: bool) -> Iterator[str]:
             if interrupted:
                 return
             interrupted = True
-            _note("Ctrl-C again, /exit or Ctrl-D leaves")
+            command.note("Ctrl-C again, /exit or Ctrl-D leaves")
         else:
             interrupted = False
             yield line
 
 
-def _decoded(text: bytes, source: str) -> str:
-    try:
-        return text.decode()
-    except UnicodeDecodeError as error:
-        found = f"byte 0x{text[error.start]:02x} at offset {error.start}"
-        raise FileError(f"{source}: found {found}, expected valid UTF-8") from None
-
-
-def _note(text: str) -> None:
-    """A line beside the text."""
-    print(_styled(DIM, text, sys.stderr), file=sys.stderr, flush=True)
-
-
 def _printable(text: str, output: TextIO) -> str:
     return text.translate(CONTROL_PICTURES) if output.isatty() else text
-
-
-def _styled(style: str, text: str, output: TextIO) -> str:
-    plain = not output.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return text if plain else f"{style}{text}{PLAIN}"

@@ -1,18 +1,65 @@
-"""What the commands have in common: the options of a backend, their streams, how they end, their version."""
+"""What the commands have in common: a model and its options, texts, streams, how they end, their version."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from argparse import ArgumentParser
-from collections.abc import Callable
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
-from vptq_runtime.errors import OptionError, VPTQError
+from vptq_runtime.errors import FileError, OptionError, VPTQError
+
+if TYPE_CHECKING:
+    from vptq_runtime.runtime import Runtime
+
+SILENT_LOAD_S = 0.5
+BOLD, DIM, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
+# The Python API's names, which its errors begin with, as the command line has them.
+RUNTIME_OPTIONS = {
+    "path": "-m",
+    "n_ctx": "-c",
+    "n_threads": "-t",
+    "device": "--device",
+    "gpu_layers": "--gpu-layers",
+    "kv_type": "--kv-type",
+    "precision": "--precision",
+}
 
 
 class UsageError(OptionError):
     """A value on the command line that is out of range, whatever the files are."""
+
+
+def add_context_options(parser: ArgumentParser) -> None:
+    """How long a model's context is, how many threads compute it, and how many layers a GPU does."""
+    parser.add_argument(
+        "-c",
+        "--n-ctx",
+        "--ctx-size",
+        metavar="N",
+        type=int,
+        help="context in tokens; 0: what the model was trained on (default: that, but not over 4096)",
+    )
+    parser.add_argument(
+        "-t",
+        "--n-threads",
+        "--threads",
+        metavar="N",
+        type=int,
+        help="threads (default: one for each physical core)",
+    )
+    parser.add_argument(
+        "-ngl",
+        "--gpu-layers",
+        "--n-gpu-layers",
+        metavar="N",
+        type=int,
+        help="layers on the GPU, the others on the CPU (default: all, or with --device auto as many as fit)",
+    )
 
 
 def add_backend_options(parser: ArgumentParser) -> None:
@@ -52,6 +99,104 @@ def run(name: str, body: Callable[[], object]) -> int:
             return 141  # 128 + SIGPIPE, as of a command that dies of it
         print(f"{name}: error: standard output: {error.strerror}", file=sys.stderr)
         return 1
+
+
+@contextlib.contextmanager
+def options_as_typed(options: Mapping[str, str], given: Mapping[str, str]) -> Iterator[None]:
+    """Errors that name an argument of the Python API name what was typed instead.
+
+    options: by the argument's name; a wrong value is wrong usage. given: the same for texts and files, where
+    it is not.
+    """
+    try:
+        yield
+    except VPTQError as error:
+        name, _, found = str(error).partition(": ")
+        if name in options:
+            kind = UsageError if isinstance(error, OptionError) else type(error)
+            raise kind(f"{options[name]}: {found}") from None
+        if name in given:
+            raise type(error)(f"{given[name]}: {found}") from None
+        raise
+
+
+@contextlib.contextmanager
+def open_runtime(
+    path: str | os.PathLike[str], arguments: Namespace, *, n_ctx: int | None = None
+) -> Iterator[Runtime]:
+    """The model of a file, by the options of add_context_options (but for n_ctx, if it is given) and
+    add_backend_options."""
+    from vptq_runtime.runtime import Runtime  # only now: --help and wrong usage should not wait for it
+
+    with _loading_bar() as progress:
+        runtime = Runtime(
+            path,
+            device=arguments.device,
+            gpu_layers=arguments.gpu_layers,
+            n_ctx=arguments.n_ctx if n_ctx is None else n_ctx,
+            n_threads=arguments.n_threads,
+            kv_type=arguments.kv_type,
+            precision=arguments.precision,
+            progress=progress,
+        )
+    with runtime:
+        if runtime.n_ctx > runtime.n_ctx_train:
+            trained = f"more than the {runtime.n_ctx_train} that the model was trained on"
+            note(f"the context of {runtime.n_ctx} tokens is {trained}")
+        yield runtime
+
+
+@contextlib.contextmanager
+def _loading_bar() -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on the terminal, once loading has taken a moment: a GPU's memory has to be filled first."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    begin = time.monotonic()
+    with contextlib.ExitStack() as shown:
+        show: Callable[[int, int], None] | None = None
+
+        def progress(done: int, total: int) -> None:
+            nonlocal show
+            if show is None and time.monotonic() - begin > SILENT_LOAD_S:
+                from rich.console import Console
+                from rich.progress import Progress
+
+                bar = shown.enter_context(Progress(console=Console(stderr=True), transient=True))
+                task = bar.add_task("Loading layers")
+                show = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+            if show is not None:
+                show(done, total)
+
+        yield progress
+
+
+def read_text(file: str) -> str:
+    """The text of a UTF-8 file."""
+    try:
+        return decoded(Path(file).read_bytes(), file)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in its name
+        raise FileError(f"{file}: cannot be read: {getattr(error, 'strerror', error)}") from None
+
+
+def decoded(text: bytes, source: str) -> str:
+    """A text in UTF-8; the error for another names its source."""
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{text[error.start]:02x} at offset {error.start}"
+        raise FileError(f"{source}: found {found}, expected valid UTF-8") from None
+
+
+def note(text: str) -> None:
+    """A line beside the output."""
+    print(styled(DIM, text, sys.stderr), file=sys.stderr, flush=True)
+
+
+def styled(style: str, text: str, output: TextIO) -> str:
+    """The text, in that style on a terminal that has styles."""
+    plain = not output.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"{style}{text}{PLAIN}"
 
 
 def _open_streams() -> None:
