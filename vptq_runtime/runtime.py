@@ -170,6 +170,13 @@ class Runtime:
         """Tokens that the model knows; ids are below it."""
         return self._n_vocab
 
+    @property
+    def bos_token(self) -> int | None:
+        """The token that the model's tokenizer puts in front of a text; None where it puts none."""
+        if self.metadata.get("tokenizer.ggml.add_bos_token") is not True:
+            return None
+        return next(iter(self._file_tokens("tokenizer.ggml.bos_token_id")), None)
+
     def tokenize(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids of a text. `add_special`: with BOS, where the model's tokenizer adds it."""
         if not isinstance(text, str):
@@ -279,28 +286,45 @@ class Runtime:
         """
         import numpy as np
 
-        prompt = self._checked_tokens("tokens", tokens)
-        self._check_open()
-        if not 1 <= len(prompt) <= self._n_ctx:
-            raise OptionError(f"tokens: found {len(prompt)} tokens, expected 1 to n_ctx = {self._n_ctx}")
-        shape = (len(prompt), self._n_vocab)
+        pieces = self.logits_in_pieces(tokens)
+        shape = (len(tokens), self._n_vocab)
         try:
             logits = np.empty(shape, np.float32)
         except MemoryError:
             raise OutOfMemoryError(
                 f"tokens: found no memory for float32 logits {shape}, expected some"
             ) from None
+        with contextlib.closing(pieces):
+            for start, piece in zip(range(0, len(tokens), self._n_batch), pieces, strict=True):
+                logits[start : start + len(piece)] = piece
+        return logits
+
+    def logits_in_pieces(self, tokens: Sequence[int], *, first: int = 0) -> Generator[NDArray[np.float32]]:
+        """`logits` of tokens[first:], as many tokens at a time as are fed at once: a multiple of 128.
+
+        For sums over them: with a vocabulary of 128K they are 0.5 MB a token.
+        """
+        prompt = self._checked_tokens("tokens", tokens)
+        self._check_open()
+        if not 1 <= len(prompt) <= self._n_ctx:
+            raise OptionError(f"tokens: found {len(prompt)} tokens, expected 1 to n_ctx = {self._n_ctx}")
+        check_int("first", first, 0, len(prompt) - 1)
+        return self._logits_in_pieces(prompt, first)
+
+    def _logits_in_pieces(self, prompt: list[int], first: int) -> Generator[NDArray[np.float32]]:
         opened: list[int] = []
         try:
             with self._native() as context:
                 opened.append(self._kept.new(context, len(prompt)))
-            for start in range(0, len(prompt), self._n_batch):
-                chunk = prompt[start : start + self._n_batch]
+            for start in range(0, first, self._n_batch):
                 with self._native() as context:
-                    logits[start : start + len(chunk)] = context.logits(opened[0], chunk)
+                    context.prefill(opened, [prompt[start : min(start + self._n_batch, first)]])
+            for start in range(first, len(prompt), self._n_batch):
+                with self._native() as context:
+                    logits = context.logits(opened[0], prompt[start : start + self._n_batch])
+                yield logits
         finally:
             self._free(opened)
-        return logits
 
     def _decode(self, sequences: list[DecodingSequence], seconds: list[float]) -> Generator[str]:
         """Decodes sequences in lockstep; yields pieces of their texts.

@@ -1,0 +1,144 @@
+"""A dense checkpoint, run by transformers: what a quantised model is compared with."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Generator, Iterator, Sequence
+from importlib import import_module
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from vptq_converter.architectures import read_model
+from vptq_converter.checkpoint import Checkpoint
+from vptq_converter.config import read_text
+
+from vptq_runtime import _native
+from vptq_runtime.errors import FileError, OutOfMemoryError, UnsupportedError
+from vptq_runtime.generation import check_choice, check_int, shown
+from vptq_runtime.tokenizer import Tokenizer
+
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a weight
+PIECE = 128  # tokens fed at once
+
+
+class DenseModel:
+    """A dense checkpoint directory in the Hugging Face layout, of an architecture that vptq-convert knows.
+
+    device: "cpu" or "cuda".
+    dtype: what its weights become, and what PyTorch computes in: "float32", "bfloat16" or "float16".
+    n_threads: PyTorch's, of the whole process; None leaves them as they are.
+
+    Code that came with a checkpoint is never run. Raises FileError (missing, damaged, contradictory,
+    quantised), UnsupportedError (architecture, no GPU, no PyTorch), OptionError, OutOfMemoryError.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        n_threads: int | None = None,
+    ) -> None:
+        check_choice("device", device, ("cpu", "cuda"))
+        check_choice("dtype", dtype, list(DTYPES))
+        if n_threads is not None:
+            check_int("n_threads", n_threads, 1, 1024)
+        self._directory = Path(directory)
+        if not self._directory.is_dir():
+            raise FileError(f"{directory}: found no directory, expected that of a dense checkpoint")
+        checkpoint = Checkpoint(self._directory)
+        if "quantization_config" in checkpoint.config.values:
+            raise checkpoint.config.error(
+                "quantization_config", checkpoint.config.values["quantization_config"], "dense weights"
+            )
+        # Every tensor is there and has its shape; else transformers would make up what it misses.
+        self.n_vocab = read_model(checkpoint).hyperparameters.n_vocab
+        tokenizer = self._directory / "tokenizer.json"
+        self._tokenizer = Tokenizer(read_text(tokenizer), self.n_vocab, str(tokenizer))
+        self._torch, self._transformers = _library("torch"), _library("transformers")
+        self._device = device
+        n_weights = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
+        self._check_memory(n_weights * DTYPES[dtype])
+        if n_threads is not None:
+            self._torch.set_num_threads(n_threads)
+        self._model = self._load(dtype)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, with BOS where the tokenizer adds it."""
+        return self._tokenizer.encode(text, add_special=True)
+
+    def logits_in_pieces(self, tokens: Sequence[int], *, first: int = 0) -> Generator[NDArray[np.float32]]:
+        """Logits of the token after each of tokens[first:], some n tokens at a time: float32 (n, n_vocab).
+
+        Raises FileError where they are not finite.
+        """
+        cache = self._transformers.DynamicCache(config=self._model.config)
+        starts = [*range(0, first, PIECE), *range(first, len(tokens), PIECE)]
+        for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            piece = self._torch.tensor([list(tokens[start:end])], device=self._device)
+            wanted = start >= first
+            with self._torch.inference_mode():
+                logits = self._model(  # logits_to_keep: 0 is all; what is only fed computes the last one's
+                    piece, past_key_values=cache, use_cache=True, logits_to_keep=0 if wanted else 1
+                ).logits[0]
+            if wanted:
+                values: NDArray[np.float32] = logits.float().cpu().numpy()
+                if not np.isfinite(values).all():
+                    found = "the logits are not finite: some weights are NaN, infinite or too large"
+                    raise FileError(f"{self._directory}: {found}")
+                yield values
+
+    def _check_memory(self, needed: int) -> None:
+        if self._device == "cuda" and not self._torch.cuda.is_available():
+            raise UnsupportedError("device cuda: PyTorch finds no GPU, expected one, or the device cpu")
+        cuda = self._device == "cuda"
+        available = self._torch.cuda.mem_get_info()[0] if cuda else _native.available_memory()
+        if needed > available:
+            gib = f"its weights take {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available"
+            raise OutOfMemoryError(f"{self._directory}: {gib} (dtype, device)")
+
+    def _load(self, dtype: str) -> Any:
+        try:
+            with _quiet(self._transformers):
+                model, loaded = self._transformers.AutoModelForCausalLM.from_pretrained(
+                    self._directory,
+                    dtype=getattr(self._torch, dtype),
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
+        except Exception as error:  # the library's, PyTorch's, the system's: no common base
+            reason = f"{type(error).__name__}: {error}"
+            raise FileError(f"{self._directory}: transformers cannot load it: {reason}") from None
+        if missing := [*loaded["missing_keys"], *loaded["mismatched_keys"]]:
+            raise FileError(f"{self._directory}: transformers found no {shown(missing[0])}, expected it")
+        return model.eval().to(self._device)
+
+
+def _library(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        expected = 'expected it installed: pip install "vptq-runtime[quantize]"'
+        raise UnsupportedError(f"dense checkpoint: found no {name} ({error}), {expected}") from None
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without its progress bar and its warnings."""
+    logging = transformers.utils.logging
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,203 @@
+"""vptq-perplexity: how well a model predicts a text, and how far it is from another model."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vptq_runtime import command, demo_path
+from vptq_runtime.errors import OptionError
+from vptq_runtime.scored_windows import METHODS, check_options
+
+if TYPE_CHECKING:
+    from vptq_runtime.dense_model import DenseModel
+    from vptq_runtime.perplexity import Result
+    from vptq_runtime.runtime import Runtime
+
+# The Python API's names, which its errors begin with, as the command line has them.
+OPTION_NAMES = command.RUNTIME_OPTIONS | {
+    "method": "--method",
+    "stride": "--stride",
+    "max_windows": "--windows",
+    "dtype": "--compare-dtype",
+}
+DESCRIPTION = "Perplexity of a VPTQ model on a text, and how far its predictions are from another model's."
+EPILOG = """\
+The texts, UTF-8, are joined as they are and cut into windows of -c tokens. --method papers scores every token
+of a window but its first, as papers on quantisation do; llama.cpp only the second half, behind BOS, as
+llama-perplexity does. Figures of the two do not compare, nor do those of other windows. Standard errors take
+the tokens as independent.
+
+--compare takes a GGUF file as -m does, and runs it with the same options; or the directory of a dense
+checkpoint, which transformers runs (pip install "vptq-runtime[quantize]"). The KL divergence is from it to
+the model, the ratio is the model's perplexity over its.
+
+  vptq-perplexity -m model.gguf wiki.test.raw -c 2048
+  vptq-perplexity -m model.gguf wiki.test.raw -c 2048 --compare ./Llama-3.1-8B --windows 20
+  vptq-perplexity -m model.gguf wiki.test.raw -c 512 --method llama.cpp --json
+
+Ctrl-C prints what the windows so far gave.
+Exit status: 0 done, 1 an error, 2 wrong usage, 130 stopped by Ctrl-C.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        "vptq-perplexity",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("texts", metavar="TEXT", nargs="+", help="text files; -: standard input")
+    p.add_argument(
+        "-m", "--model", metavar="FILE", help="the GGUF file (default: the demo model of the package)"
+    )
+    p.add_argument(
+        "--method",
+        default=METHODS[0],
+        help=f"which tokens of a window are scored: {' or '.join(METHODS)} (default: %(default)s)",
+    )
+    p.add_argument("--windows", metavar="N", type=int, help="stop after N windows")
+    p.add_argument(
+        "--stride",
+        metavar="N",
+        type=int,
+        help="with the method papers: begin a window every N tokens, and score those that the one before did "
+        "not (default: the context, so that windows do not overlap)",
+    )
+    command.add_context_options(p)
+    command.add_backend_options(p)
+    p.add_argument(
+        "--compare", metavar="OTHER", help="the reference: a GGUF file or a dense checkpoint's directory"
+    )
+    p.add_argument(
+        "--compare-dtype",
+        metavar="TYPE",
+        help="what a dense checkpoint is computed in: float32, bfloat16 or float16 (default: float32)",
+    )
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    p.add_argument("--version", action="version", version=f"%(prog)s {command.version()}")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    p = parser()
+    arguments = p.parse_args(argv)
+    if arguments.compare_dtype is not None and arguments.compare is None:
+        p.error("--compare-dtype: expected --compare beside it")
+    return command.run("vptq-perplexity", lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    with command.options_as_typed(OPTION_NAMES, {"text": "TEXT", "reference": "--compare"}):
+        n_ctx = arguments.n_ctx or sys.maxsize  # not yet known
+        check_options(n_ctx=n_ctx, **_window_options(arguments))  # a large model takes its time to load
+        text = "".join(map(_text, arguments.texts))
+        if arguments.model is None:
+            arguments.model = demo_path()
+        with command.open_runtime(arguments.model, arguments) as runtime:
+            _measure(runtime, text, arguments)
+
+
+def _window_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"method": arguments.method, "stride": arguments.stride, "max_windows": arguments.windows}
+
+
+def _text(file: str) -> str:
+    if file == "-":
+        return command.decoded(sys.stdin.buffer.read(), "standard input")
+    return command.read_text(file)
+
+
+def _measure(runtime: Runtime, text: str, arguments: argparse.Namespace) -> None:
+    """Loads the reference, scores the windows, and prints what came of it, also where Ctrl-C ends it."""
+    from vptq_runtime.perplexity import running_comparison, running_perplexity, windows_of
+    from vptq_runtime.perplexity_report import print_report
+
+    tokens = runtime.tokenize(text)
+    windows = windows_of(runtime, tokens, **_window_options(arguments))
+    if windows.n_ctx < runtime.n_ctx:
+        n_tokens = f"{len(tokens)} tokens, fewer than the context of {runtime.n_ctx}"
+        command.note(f"the text has {n_tokens}: they are the one window")
+    with _reference(runtime, arguments) as reference:
+        results: Iterator[Result] = running_perplexity(runtime, windows)
+        if reference is not None:
+            _check_same_tokens(reference, text, tokens)
+            results = running_comparison(runtime, reference, windows)
+        last: Result | None = None
+        start = time.monotonic()
+
+        def report() -> None:
+            if last is not None:
+                print_report(runtime, last, arguments, time.monotonic() - start)
+
+        try:
+            with _bar(windows.n_windows) as show:
+                for last in results:
+                    show(last)
+        except KeyboardInterrupt:
+            report()
+            raise
+    report()
+
+
+@contextlib.contextmanager
+def _reference(runtime: Runtime, arguments: argparse.Namespace) -> Iterator[Runtime | DenseModel | None]:
+    if arguments.compare is None:
+        yield None
+        return
+    with command.options_as_typed({"path": "--compare"}, {}):
+        if not Path(arguments.compare).is_dir():
+            if arguments.compare_dtype is not None:
+                raise OptionError(
+                    "dtype: found a file to compare with, expected a dense checkpoint's directory"
+                )
+            with command.open_runtime(arguments.compare, arguments, n_ctx=runtime.n_ctx) as reference:
+                yield reference
+            return
+        from vptq_runtime.dense_model import DenseModel
+
+        yield DenseModel(
+            arguments.compare,
+            device="cuda" if runtime.device.startswith("cuda") else "cpu",
+            dtype=arguments.compare_dtype or "float32",
+            n_threads=arguments.n_threads,
+        )
+
+
+def _check_same_tokens(reference: Runtime | DenseModel, text: str, tokens: list[int]) -> None:
+    theirs = reference.tokenize(text)
+    if theirs != tokens:
+        pairs = enumerate(itertools.zip_longest(theirs, tokens))
+        at, (found, expected) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
+        what = f"found a tokenizer that makes token {at} of the text {found}"
+        raise OptionError(f"reference: {what}, expected {expected} as the model's: they read other tokens")
+
+
+@contextlib.contextmanager
+def _bar(n_windows: int) -> Iterator[Callable[[Result], None]]:
+    """On a terminal a bar, with the estimate so far."""
+    if not sys.stderr.isatty():
+        yield lambda so_far: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from vptq_runtime.perplexity_report import running
+
+    columns = ("Windows", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    estimate = TextColumn("{task.fields[estimate]}", markup=False)
+    with Progress(*columns, estimate, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=n_windows, estimate="")
+        yield lambda so_far: bar.update(task, advance=1, estimate=running(so_far))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
