@@ -66,7 +66,7 @@ class DenseModel:
         self._check_memory(n_weights * DTYPES[dtype])
         if n_threads is not None:
             self._torch.set_num_threads(n_threads)
-        self._model = self._load(dtype)
+        self._model = self._load(dtype, checkpoint.config.values["architectures"][0])
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, with BOS where the tokenizer adds it."""
@@ -82,7 +82,7 @@ class DenseModel:
         for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
             piece = self._torch.tensor([list(tokens[start:end])], device=self._device)
             wanted = start >= first
-            with self._torch.inference_mode():
+            with self._torch.inference_mode(), self._errors("compute"):
                 logits = self._model(  # logits_to_keep: 0 is all; what is only fed computes the last one's
                     piece, past_key_values=cache, use_cache=True, logits_to_keep=0 if wanted else 1
                 ).logits[0]
@@ -102,23 +102,33 @@ class DenseModel:
             gib = f"its weights take {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available"
             raise OutOfMemoryError(f"{self._directory}: {gib} (dtype, device)")
 
-    def _load(self, dtype: str) -> Any:
-        try:
-            with _quiet(self._transformers):
-                model, loaded = self._transformers.AutoModelForCausalLM.from_pretrained(
-                    self._directory,
-                    dtype=getattr(self._torch, dtype),
-                    local_files_only=True,
-                    trust_remote_code=False,
-                    use_safetensors=True,
-                    output_loading_info=True,
-                )
-        except Exception as error:  # the library's, PyTorch's, the system's: no common base
-            reason = f"{type(error).__name__}: {error}"
-            raise FileError(f"{self._directory}: transformers cannot load it: {reason}") from None
+    def _load(self, dtype: str, architecture: str) -> Any:
+        with self._errors("load"), _quiet(self._transformers):
+            model, loaded = self._transformers.AutoModelForCausalLM.from_pretrained(
+                self._directory,
+                dtype=getattr(self._torch, dtype),
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+            model = model.eval().to(self._device)
+        if (found := type(model).__name__) != architecture:
+            expected = f"expected {architecture}, as architectures has it"
+            raise FileError(
+                f"{self._directory / 'config.json'}: model_type: found that of {found}, {expected}"
+            )
         if missing := [*loaded["missing_keys"], *loaded["mismatched_keys"]]:
-            raise FileError(f"{self._directory}: transformers found no {shown(missing[0])}, expected it")
-        return model.eval().to(self._device)
+            raise FileError(f"{self._directory}: transformers finds no {shown(missing[0])}, expected it")
+        return model
+
+    @contextlib.contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the library's, PyTorch's, the system's: no common base
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise FileError(f"{self._directory}: transformers cannot {what} it: {reason}") from None
 
 
 def _library(name: str) -> Any:

@@ -43,20 +43,23 @@ class LanguageModel(Protocol):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over the scored tokens, or what follows from one.
-
-    standard_error takes the tokens as independent, as llama-perplexity does; None of a single token.
-    """
+    """A mean over the scored tokens, or what follows from one; no standard error (None) of a single part."""
 
     value: float
     standard_error: float | None
 
     @classmethod
-    def of_mean(cls, values: NDArray[np.float64] | NDArray[np.bool_]) -> Estimate:
-        """Of values (n,): the root of their variance, divided by n - 1, over n."""
-        n = len(values)
-        error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else None
-        return cls(float(np.mean(values, dtype=np.float64)), error)
+    def of_mean(cls, values: NDArray[np.float64] | NDArray[np.bool_], parts: NDArray[np.int64]) -> Estimate:
+        """Of values (n,), in parts that are independent of each other and begin at the indices `parts`.
+
+        For m parts the error is the root of m / (m - 1) sum_k (sum over part k of value - mean)^2, over n: of
+        parts of one size that of a mean of m means, of single values the usual one.
+        """
+        mean, m = float(np.mean(values, dtype=np.float64)), len(parts)
+        if m == 1:
+            return cls(mean, None)
+        deviations = np.add.reduceat(values - mean, parts)
+        return cls(mean, math.sqrt(m / (m - 1) * float(deviations @ deviations)) / len(values))
 
     def exp(self) -> Estimate:
         """Of e to the value: the error to first order. Infinite past what a float can hold."""
@@ -76,10 +79,14 @@ class Perplexity:
     n_windows: int
     nll: NDArray[np.float64]
 
+    def mean(self, values: NDArray[np.float64] | NDArray[np.bool_]) -> Estimate:
+        """Of one value for each scored token; `ScoredWindows.independent` says what its error is over."""
+        return Estimate.of_mean(values, self.windows.independent(self.n_windows))
+
     @property
     def mean_nll(self) -> Estimate:
         """Cross-entropy in nats a token."""
-        return Estimate.of_mean(self.nll)
+        return self.mean(self.nll)
 
     @property
     def perplexity(self) -> Estimate:
@@ -104,7 +111,7 @@ class Comparison:
     @property
     def mean_kl_divergence(self) -> Estimate:
         """In nats a token."""
-        return Estimate.of_mean(self.kl_divergence)
+        return self.model.mean(self.kl_divergence)
 
     def kl_quantile(self, fraction: float) -> float:
         """0.5 for the median, 1 for the largest; between two tokens' values on a straight line."""
@@ -113,7 +120,7 @@ class Comparison:
     @property
     def top_token_agreement(self) -> Estimate:
         """Share of the tokens where same_top."""
-        return Estimate.of_mean(self.same_top)
+        return self.model.mean(self.same_top)
 
     @property
     def perplexity_ratio(self) -> Estimate:
@@ -122,7 +129,7 @@ class Comparison:
         Both are of the same tokens: its error is that of the differences of their log-likelihoods, and much
         smaller than that of each.
         """
-        return Estimate.of_mean(self.model.nll - self.reference.nll).exp()
+        return self.model.mean(self.model.nll - self.reference.nll).exp()
 
 
 Result: TypeAlias = Perplexity | Comparison

@@ -31,8 +31,8 @@ DESCRIPTION = "Perplexity of a VPTQ model on a text, and how far its predictions
 EPILOG = """\
 The texts, UTF-8, are joined as they are and cut into windows of -c tokens. --method papers scores every token
 of a window but its first, as papers on quantisation do; llama.cpp only the second half, behind BOS, as
-llama-perplexity does. Figures of the two do not compare, nor do those of other windows. Standard errors take
-the tokens as independent.
+llama-perplexity does. Figures of the two do not compare, nor do those of other windows. The standard error is
+over windows; with llama.cpp it takes the tokens as independent, as there, and is smaller than the truth.
 
 --compare takes a GGUF file as -m does, and runs it with the same options; or the directory of a dense
 checkpoint, which transformers runs (pip install "vptq-runtime[quantize]"). The KL divergence is from it to

@@ -15,7 +15,6 @@ from vptq_runtime import command
 from vptq_runtime.perplexity import Comparison, Estimate, Perplexity, Result
 from vptq_runtime.runtime import Runtime
 
-SCORED = {"papers": "all but the first token of each scored", "llama.cpp": "the second half of each scored"}
 QUANTILES = {"median": 0.5, "p99": 0.99, "max": 1.0}  # of the KL divergence
 
 
@@ -63,11 +62,15 @@ def _lines(result: Result, arguments: argparse.Namespace) -> Iterator[str]:
 
 def _definition(perplexity: Perplexity) -> str:
     windows = perplexity.windows
-    stride = "" if windows.stride == windows.n_ctx else f", one every {windows.stride}"
-    bos = "" if windows.bos is None else " behind BOS"
-    n_windows = f"{perplexity.n_windows} window{'s' * (perplexity.n_windows != 1)}"
-    counts = f"{n_windows} of {windows.n_ctx} tokens{stride}, {SCORED[windows.method]}{bos}"
-    return f"{windows.method}: {counts}: {len(perplexity.nll)} tokens"
+    n_windows = f"{perplexity.n_windows} window{'s' * (perplexity.n_windows != 1)} of {windows.n_ctx} tokens"
+    if windows.method == "llama.cpp":
+        scored = f"the second half of each{'' if windows.bos is None else ', behind BOS,'} scored"
+    elif windows.stride < windows.n_ctx:
+        scored = f"one every {windows.stride}, what is new in each scored"
+    else:
+        scored = "all but the first token of each scored"
+    error = f"±: standard error over {windows.error_over}"
+    return f"{windows.method}: {n_windows}, {scored}: {len(perplexity.nll)} tokens ({error})"
 
 
 def _report(runtime: Runtime, result: Result, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -87,6 +90,7 @@ def _report(runtime: Runtime, result: Result, arguments: argparse.Namespace) -> 
         "n_tokens": len(windows.tokens),
         "n_windows": perplexity.n_windows,
         "n_scored": len(perplexity.nll),
+        "standard_error_over": windows.error_over,
         **_perplexity(perplexity),
         "comparison": _comparison(result) if isinstance(result, Comparison) else None,
     }

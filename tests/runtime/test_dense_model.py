@@ -1,0 +1,154 @@
+"""Dense checkpoints in PyTorch, and which are refused."""
+
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import write_checkpoint
+from configurations import ARCHITECTURES, VOCAB_SIZE
+from converted import change_json, change_tensors
+from reference import Reference
+from vptq_converter.convert import convert
+
+from vptq_runtime import OptionError, OutOfMemoryError, Runtime, VPTQError, _native
+from vptq_runtime.dense_model import DenseModel
+
+TOKENS = np.random.default_rng(0).integers(VOCAB_SIZE, size=300).tolist()
+
+
+def write_dense(directory: Path, architecture: str) -> Path:
+    """A random dense checkpoint."""
+    write_checkpoint(directory, ARCHITECTURES[architecture], {})
+    change_json(directory / "config.json", lambda config: config.pop("quantization_config"))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dense(tmp_path_factory.mktemp("dense") / "checkpoint", "llama")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama3-new-spelling", "mistral-window", "qwen2-window"])
+def test_pieces_are_the_logits_of_the_whole(architecture: str, tmp_path: Path) -> None:
+    """Beyond a sliding window, too."""
+    source = write_checkpoint(tmp_path / "source", ARCHITECTURES[architecture], {})
+    whole = Reference(source).logits(TOKENS)
+    model = DenseModel(write_dense(tmp_path / "dense", architecture))
+    assert model.n_vocab == VOCAB_SIZE
+    for first in (0, 1, 200, 299):
+        pieces = list(model.logits_in_pieces(TOKENS, first=first))
+        assert all(len(piece) % 128 == 0 for piece in pieces[:-1])
+        logits = np.concatenate(pieces)
+        assert logits.dtype == np.float32
+        np.testing.assert_allclose(logits, whole[first:], rtol=0, atol=2e-4)
+
+
+def test_it_reads_texts_as_the_runtime_does(dense: Path, tmp_path: Path) -> None:
+    convert(dense, tmp_path / "dense.gguf")
+    with Runtime(tmp_path / "dense.gguf", device="cpu") as runtime:
+        for text in ("", "the quick brown fox\n", "\N{SNOWMAN}"):
+            assert DenseModel(dense).tokenize(text) == runtime.tokenize(text)
+
+
+def test_dtype(dense: Path) -> None:
+    exact = np.concatenate(list(DenseModel(dense).logits_in_pieces(TOKENS)))
+    rounded = np.concatenate(list(DenseModel(dense, dtype="bfloat16").logits_in_pieces(TOKENS)))
+    assert rounded.dtype == np.float32
+    error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+    assert 1e-4 < error < 0.1
+
+
+def remove(name: str) -> Callable[[Path], object]:
+    return lambda directory: (directory / name).unlink()
+
+
+def set_config(**values: Any) -> Callable[[Path], object]:
+    return lambda directory: change_json(directory / "config.json", lambda config: config.update(values))
+
+
+def set_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], object]:
+    return lambda directory: change_tensors(directory, change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove("config.json"), r"config\.json: cannot be read: No such file"),
+        (remove("model.safetensors"), r"found no \.safetensors file"),
+        (remove("tokenizer.json"), r"tokenizer\.json: cannot be read: No such file"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"PK\3\4"), "not a whole safetensors file"),
+        (lambda d: (d / "config.json").write_text("[]"), "config.json: content: found"),
+        (set_config(quantization_config={"quant_method": "gptq"}), "expected dense weights"),
+        (set_config(architectures=["GPT2LMHeadModel"]), "'GPT2LMHeadModel' is not supported"),
+        (set_config(model_type="mistral"), "model_type: found that of MistralForCausalLM, expected Llama"),
+        (set_config(model_type="nothing"), "transformers cannot load it: ValueError"),
+        (set_config(rms_norm_eps="small"), "rms_norm_eps: found 'small'"),
+        (set_tensors(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")), "up_proj.weight is missing"),
+        (set_tensors(lambda t: t.update(extra=torch.ones(1))), "tensor extra: found F32"),
+        (
+            set_tensors(lambda t: t.update({"model.norm.weight": torch.ones(3)})),
+            r"model\.norm\.weight: found shape \(3,\), expected \(100,\)",
+        ),
+    ],
+)
+def test_refused(dense: Path, tmp_path: Path, change: Callable[[Path], object], message: str) -> None:
+    directory = shutil.copytree(dense, tmp_path / "changed")
+    change(directory)
+    with pytest.raises(VPTQError) as error:
+        DenseModel(directory)
+    assert str(error.value).startswith(str(directory))
+    assert re.search(message, str(error.value))
+
+
+def test_code_in_a_checkpoint_is_not_run(dense: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(dense, tmp_path / "changed")
+    (directory / "evil.py").write_text("from pathlib import Path\nPath(__file__ + '.ran').touch()\n")
+    classes = {"AutoConfig": "evil.LlamaConfig", "AutoModelForCausalLM": "evil.LlamaForCausalLM"}
+    set_config(auto_map=classes)(directory)
+    DenseModel(directory)
+    assert not (directory / "evil.py.ran").exists()
+
+
+def test_nan_weights(dense: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(dense, tmp_path / "changed")
+    change_tensors(directory, lambda t: t["model.layers.0.mlp.up_proj.weight"].fill_(torch.nan))
+    with pytest.raises(VPTQError, match=f"{directory}: the logits are not finite"):
+        list(DenseModel(directory).logits_in_pieces(TOKENS))
+
+
+def test_no_such_directory(tmp_path: Path) -> None:
+    with pytest.raises(VPTQError, match="nowhere: found no directory, expected that of a dense checkpoint"):
+        DenseModel(tmp_path / "nowhere")
+
+
+def test_options_out_of_range(dense: Path) -> None:
+    for option, value in (("device", "tpu"), ("dtype", "int8"), ("n_threads", 0)):
+        with pytest.raises(OptionError, match=f"{option}: found {value!r}, expected"):
+            DenseModel(dense, **{option: value})
+
+
+def test_too_little_memory(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "available_memory", lambda: 500_000)
+    with pytest.raises(OutOfMemoryError, match=r"its weights take 0\.0 GiB, 0\.0 GiB are available"):
+        DenseModel(dense)
+
+
+def test_without_pytorch(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torch", "transformers"):
+        with monkeypatch.context() as missing:
+            missing.setitem(sys.modules, name, None)
+            expected = re.escape('pip install "vptq-runtime[quantize]"')
+            with pytest.raises(VPTQError, match=f"found no {name} .*{expected}"):
+                DenseModel(dense)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu(dense: Path) -> None:
+    with pytest.raises(VPTQError, match="device cuda: PyTorch finds no GPU"):
+        DenseModel(dense, device="cuda")
