@@ -80,8 +80,11 @@ class Perplexity:
     nll: NDArray[np.float64]
 
     def mean(self, values: NDArray[np.float64] | NDArray[np.bool_]) -> Estimate:
-        """Of one value for each scored token; `ScoredWindows.independent` says what its error is over."""
-        return Estimate.of_mean(values, self.windows.independent(self.n_windows))
+        """Of one value for each scored token; its error is over `windows.error_over`."""
+        if self.windows.error_over == "tokens":
+            return Estimate.of_mean(values, np.arange(len(values)))
+        begins = [self.windows.n_scored_of(n) for n in range(self.n_windows)]
+        return Estimate.of_mean(values, np.array(begins))
 
     @property
     def mean_nll(self) -> Estimate:

@@ -154,11 +154,9 @@ def _reference(runtime: Runtime, arguments: argparse.Namespace) -> Iterator[Runt
         yield None
         return
     with command.options_as_typed({"path": "--compare"}, {}):
-        if not Path(arguments.compare).is_dir():
+        if not arguments.compare or not Path(arguments.compare).is_dir():
             if arguments.compare_dtype is not None:
-                raise OptionError(
-                    "dtype: found a file to compare with, expected a dense checkpoint's directory"
-                )
+                raise OptionError("dtype: found no directory to compare with, expected a dense checkpoint's")
             with command.open_runtime(arguments.compare, arguments, n_ctx=runtime.n_ctx) as reference:
                 yield reference
             return

@@ -44,7 +44,7 @@ def running(result: Result) -> str:
 def _lines(result: Result, arguments: argparse.Namespace) -> Iterator[str]:
     model, perplexity = printable(str(arguments.model)), _of_model(result)
     yield f"{model}: perplexity {_plus_minus(perplexity.perplexity, '.4f')}"
-    yield f"method {_definition(perplexity)}"
+    yield _definition(perplexity)
     if isinstance(result, Comparison):
         yield ""
         theirs = _plus_minus(result.reference.perplexity, ".4f")

@@ -6,9 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
-import numpy as np
-from numpy.typing import NDArray
-
 from vptq_runtime.errors import OptionError
 from vptq_runtime.generation import check_choice, check_int, shown
 
@@ -97,12 +94,6 @@ class ScoredWindows:
         """What standard errors take as independent: windows, as the tokens of one belong to one text; by the
         method llama.cpp tokens, as there, which makes them smaller."""
         return "tokens" if self.method == "llama.cpp" else "windows"
-
-    def independent(self, n_windows: int) -> NDArray[np.int64]:
-        """Where each of those begins in the scored tokens of the first n windows."""
-        if self.error_over == "tokens":
-            return np.arange(self.n_scored_of(n_windows))
-        return np.array([self.n_scored_of(n) for n in range(n_windows)])
 
     def __iter__(self) -> Iterator[tuple[list[int], int]]:
         for index in range(self.n_windows):
