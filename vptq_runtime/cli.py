@@ -166,7 +166,7 @@ def _run_model(arguments: argparse.Namespace) -> None:
 def _prompt(arguments: argparse.Namespace) -> str | None:
     given: str | None = arguments.prompt
     if given == "-":
-        given = command.decoded(sys.stdin.buffer.read(), "standard input")
+        given = command.read_stdin()
     elif arguments.file is not None:
         given = command.read_text(arguments.file)
     else:

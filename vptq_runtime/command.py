@@ -9,7 +9,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 from vptq_runtime.errors import FileError, OptionError, VPTQError
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vptq_runtime.runtime import Runtime
 
 SILENT_LOAD_S = 0.5
+MAX_TEXT_BYTES = 1 << 28  # a tokenizer takes 150 times as much
 BOLD, DIM, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 # The Python API's names, which its errors begin with, as the command line has them.
 RUNTIME_OPTIONS = {
@@ -174,9 +175,24 @@ def _loading_bar() -> Iterator[Callable[[int, int], None] | None]:
 def read_text(file: str) -> str:
     """The text of a UTF-8 file."""
     try:
-        return decoded(Path(file).read_bytes(), file)
+        with Path(file).open("rb") as stream:
+            return _read(stream, file)
     except (OSError, ValueError) as error:  # ValueError: a null byte in its name
         raise FileError(f"{file}: cannot be read: {getattr(error, 'strerror', error)}") from None
+
+
+def read_stdin() -> str:
+    """Standard input to its end, a text in UTF-8."""
+    return _read(sys.stdin.buffer, "standard input")
+
+
+def _read(stream: BinaryIO, source: str) -> str:
+    text = stream.read(MAX_TEXT_BYTES + 1)  # a device may have no end
+    if len(text) > MAX_TEXT_BYTES:
+        raise FileError(
+            f"{source}: found more than {MAX_TEXT_BYTES >> 20} MiB, expected a text of at most that"
+        )
+    return decoded(text, source)
 
 
 def decoded(text: bytes, source: str) -> str:

@@ -111,9 +111,7 @@ def _window_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _text(file: str) -> str:
-    if file == "-":
-        return command.decoded(sys.stdin.buffer.read(), "standard input")
-    return command.read_text(file)
+    return command.read_stdin() if file == "-" else command.read_text(file)
 
 
 def _measure(runtime: Runtime, text: str, arguments: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from checkpoints import write_checkpoint
 from configurations import ARCHITECTURES, VOCAB_SIZE
 from converted import change_json, change_tensors
 
-from vptq_runtime import Runtime, demo_path, perplexity_cli
+from vptq_runtime import Runtime, command, demo_path, perplexity_cli
 from vptq_runtime import perplexity as perplexity_module
 from vptq_runtime.dense_model import DenseModel
 from vptq_runtime.perplexity import Estimate, Perplexity, compare, perplexity
@@ -78,13 +78,13 @@ def test_result_to_stdout_speed_to_stderr(runtime: Runtime, model: Path, text: P
     [
         (
             "--method llama.cpp",
-            "llama.cpp: 3 windows of 99 tokens, the second half of each, behind BOS, scored",
+            "llama.cpp: 3 windows of 60 tokens, the second half of each, behind BOS, scored",
         ),
-        ("--stride 50", "papers: 3 windows of 99 tokens, one every 50, what is new in each scored"),
+        ("--stride 50", "papers: 3 windows of 60 tokens, one every 50, what is new in each scored"),
     ],
 )
 def test_the_definition_is_said(model: Path, text: Path, options: str, definition: str) -> None:
-    done = run("-m", model, text, "-c", "30", "--windows", "3", *options.split())
+    done = run("-m", model, text, "-c", "60", "--windows", "3", *options.split())
     assert done.stdout.decode().splitlines()[1].startswith(f"{definition}: ")
 
 
@@ -325,6 +325,15 @@ def failed(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> str:
 def test_a_directory_is_no_text(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = failed("-m", model, tmp_path, capsys=capsys)
     assert message == f"{tmp_path}: cannot be read: Is a directory"
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no /dev/zero here")
+def test_a_text_without_an_end(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "MAX_TEXT_BYTES", 1 << 20)
+    message = failed("-m", model, "/dev/zero", capsys=capsys)
+    assert message == "/dev/zero: found more than 1 MiB, expected a text of at most that"
 
 
 def test_models_that_are_refused(
