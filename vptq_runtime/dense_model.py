@@ -94,13 +94,15 @@ class DenseModel:
                 yield values
 
     def _check_memory(self, needed: int) -> None:
-        if self._device == "cuda" and not self._torch.cuda.is_available():
+        if self._device == "cpu":
+            available = _native.available_memory()
+        elif self._torch.cuda.is_available():
+            available = self._torch.cuda.mem_get_info()[0]
+        else:
             raise UnsupportedError("device cuda: PyTorch finds no GPU, expected one, or the device cpu")
-        cuda = self._device == "cuda"
-        available = self._torch.cuda.mem_get_info()[0] if cuda else _native.available_memory()
         if needed > available:
-            gib = f"its weights take {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available"
-            raise OutOfMemoryError(f"{self._directory}: {gib} (dtype, device)")
+            gib = f"its weights take {needed / 2**30:.2f} GiB, {available / 2**30:.2f} GiB are available"
+            raise OutOfMemoryError(f"{self._directory}: {gib}; in bfloat16 they take 2 bytes each")
 
     def _load(self, dtype: str, architecture: str) -> Any:
         with self._errors("load"), _quiet(self._transformers):

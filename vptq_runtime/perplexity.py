@@ -24,10 +24,9 @@ if TYPE_CHECKING:
 
     from vptq_runtime.runtime import Runtime
 
-# Log-probabilities at a time: 1 MB of float64, which stays in a core's cache.
-BLOCK = 1 << 17
 T = TypeVar("T")
 PIECE = 128  # tokens; what a model's pieces are a multiple of
+BLOCK = 1 << 17  # log-probabilities at a time: 1 MB of float64, which stays in a core's cache
 
 
 class LanguageModel(Protocol):

@@ -97,8 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     with command.options_as_typed(OPTION_NAMES, {"text": "TEXT", "reference": "--compare"}):
-        n_ctx = arguments.n_ctx or sys.maxsize  # not yet known
-        check_options(n_ctx=n_ctx, **_window_options(arguments))  # a large model takes its time to load
+        # A large model takes its time to load. The context of 0 is the model's own.
+        check_options(n_ctx=arguments.n_ctx or None, **_window_options(arguments))
         text = "".join(map(_text, arguments.texts))
         if arguments.model is None:
             arguments.model = demo_path()

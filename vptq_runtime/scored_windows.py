@@ -22,10 +22,11 @@ class WindowOptions(TypedDict, total=False):
     max_windows: int | None
 
 
-def check_options(*, n_ctx: int, method: str, stride: int | None, max_windows: int | None) -> None:
-    """Raises OptionError for one out of range, whatever the text is."""
+def check_options(*, n_ctx: int | None, method: str, stride: int | None, max_windows: int | None) -> None:
+    """Raises OptionError for one out of range, whatever the text is; n_ctx is None where it is not known."""
     check_choice("method", method, METHODS)
-    check_int("n_ctx", n_ctx, LEAST_TOKENS[method])
+    if n_ctx is not None:
+        check_int("n_ctx", n_ctx, LEAST_TOKENS[method])
     if stride is not None:
         if method != "papers":
             raise OptionError(f"stride: found {shown(stride)} with the method {method}, expected none")

@@ -135,7 +135,7 @@ def test_options_out_of_range(dense: Path) -> None:
 
 def test_too_little_memory(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "available_memory", lambda: 500_000)
-    with pytest.raises(OutOfMemoryError, match=r"its weights take 0\.0 GiB, 0\.0 GiB are available"):
+    with pytest.raises(OutOfMemoryError, match=r"its weights take 0\.00 GiB, 0\.00 GiB are available"):
         DenseModel(dense)
 
 
