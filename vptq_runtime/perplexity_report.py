@@ -53,8 +53,8 @@ def _lines(result: Result, arguments: argparse.Namespace) -> Iterator[str]:
         quantiles = {name: result.kl_quantile(fraction) for name, fraction in QUANTILES.items()}
         for name, value in (
             ("perplexity ratio", _plus_minus(result.perplexity_ratio, ".5f")),
-            ("KL divergence", f"{_plus_minus(result.mean_kl_divergence, '.4g')} nats a token"),
-            *((f"  {name}", f"{value:.4g}") for name, value in quantiles.items()),
+            ("KL divergence", f"{_plus_minus(result.mean_kl_divergence, '#.4g')} nats a token"),
+            *((f"  {name}", f"{value:#.4g}") for name, value in quantiles.items()),
             ("top-token agreement", _plus_minus(result.top_token_agreement, ".3%")),
         ):
             yield f"  {name:21}{value}"

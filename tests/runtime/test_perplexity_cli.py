@@ -103,10 +103,10 @@ def test_comparison(runtime: Runtime, model: Path, text: Path, dense: Path) -> N
     ratio, kl, same = result.perplexity_ratio, result.mean_kl_divergence, result.top_token_agreement
     assert table == {
         "perplexity ratio": f"{ratio.value:.5f} ± {ratio.standard_error:.5f}",
-        "KL divergence": f"{kl.value:.4g} ± {kl.standard_error:.4g} nats a token",
-        "median": f"{result.kl_quantile(0.5):.4g}",
-        "p99": f"{result.kl_quantile(0.99):.4g}",
-        "max": f"{result.kl_quantile(1):.4g}",
+        "KL divergence": f"{kl.value:#.4g} ± {kl.standard_error:#.4g} nats a token",
+        "median": f"{result.kl_quantile(0.5):#.4g}",
+        "p99": f"{result.kl_quantile(0.99):#.4g}",
+        "max": f"{result.kl_quantile(1):#.4g}",
         "top-token agreement": f"{same.value:.3%} ± {same.standard_error:.3%}",
     }
     assert re.fullmatch(SPEED, done.stderr.decode())
