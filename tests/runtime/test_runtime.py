@@ -416,7 +416,7 @@ def test_the_gil_is_released(runtime: Runtime) -> None:
         nonlocal ticks
         while not done.is_set():
             ticks += 1
-            time.sleep(0)
+            time.sleep(1e-5)  # not 0: that gives the lock up for a moment only, in which nobody may take it
 
     interval = sys.getswitchinterval()
     context = runtime._context
