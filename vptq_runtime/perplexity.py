@@ -101,7 +101,7 @@ class Comparison:
     """A model beside a reference, which stands for the truth, on the same windows.
 
     kl_divergence: float64 (n_scored,), KL(reference || model) of the predictions of each scored token in
-        nats: sum over the vocabulary of p (log p - log q). Rounding may leave a zero at -1e-15.
+        nats: sum over the vocabulary of p (log p - log q), at least 0.
     same_top: bool (n_scored,), whether both give the same token the largest probability.
     """
 
@@ -206,7 +206,8 @@ def running_comparison(
             reference_nll[at], nll[at] = -log_p[rows, targets], -log_q[rows, targets]
             same_top[at] = log_p.argmax(axis=-1) == log_q.argmax(axis=-1)
             log_q -= log_p
-            kl[at] = -np.einsum("nv,nv->n", np.exp(log_p, out=log_p), log_q)
+            # What is 0 may come out as -1e-15.
+            kl[at] = np.maximum(-np.einsum("nv,nv->n", np.exp(log_p, out=log_p), log_q), 0)
             n += len(targets)
         yield Comparison(
             Perplexity(windows, n_windows, nll[:n]),

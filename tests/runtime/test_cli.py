@@ -10,7 +10,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -447,10 +447,33 @@ class Terminal:
         self.shown += data.decode(errors="replace").replace("\r\n", "\n")
         return bool(data)
 
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._master)
 
-def test_a_terminal_shows_prompt_and_colours(runtime: Runtime, model: Path) -> None:
+
+OpenTerminal = Callable[..., Terminal]
+
+
+@pytest.fixture
+def open_terminal() -> Iterator[OpenTerminal]:
+    opened: list[Terminal] = []
+
+    def open_one(*arguments: str | Path) -> Terminal:
+        opened.append(Terminal(*arguments))
+        return opened[-1]
+
+    yield open_one
+    for terminal in opened:  # of a test that has failed, it would go on and on
+        terminal.kill()
+
+
+def test_a_terminal_shows_prompt_and_colours(
+    runtime: Runtime, model: Path, open_terminal: OpenTerminal
+) -> None:
     """NO_COLOR is set, but empty: that asks for nothing."""
-    terminal = Terminal("-m", model, "-p", "the quick", "-n", "20", *GREEDY)
+    terminal = open_terminal("-m", model, "-p", "the quick", "-n", "20", *GREEDY)
     assert terminal.wait() == 0
     assert terminal.shown.startswith("\x1b[1mthe quick\x1b[0m")
     assert "\x1b[2mload " in terminal.shown
@@ -461,8 +484,8 @@ def test_a_terminal_shows_prompt_and_colours(runtime: Runtime, model: Path) -> N
     assert not re.search(r"[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f]", terminal.shown)
 
 
-def test_chat_on_a_terminal(model: Path) -> None:
-    terminal = Terminal("-m", model, "--chat", "-c", "500000", *GREEDY)
+def test_chat_on_a_terminal(model: Path, open_terminal: OpenTerminal) -> None:
+    terminal = open_terminal("-m", model, "--chat", "-c", "500000", *GREEDY)
     terminal.wait_for("> ")
     terminal.type("the fox\n")
     terminal.wait_for("the fox\n")
@@ -481,8 +504,8 @@ def test_chat_on_a_terminal(model: Path) -> None:
     assert terminal.wait() == 0
 
 
-def test_ctrl_c_twice_leaves_a_chat(model: Path) -> None:
-    terminal = Terminal("-m", model, "--chat", *GREEDY)
+def test_ctrl_c_twice_leaves_a_chat(model: Path, open_terminal: OpenTerminal) -> None:
+    terminal = open_terminal("-m", model, "--chat", *GREEDY)
     terminal.wait_for("> ")
     terminal.interrupt()
     terminal.wait_for("> ", after="leaves\x1b[0m\n", silence=terminal.interrupt)

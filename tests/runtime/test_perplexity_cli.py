@@ -217,7 +217,7 @@ def test_every_option_arrives(
             init(self, path, **options)
 
         monkeypatch.setattr(kind, "__init__", spying)
-    options = "-c 99 -t 1 --device cpu --kv-type f32 --precision f32 --windows 1"
+    options = "-c 99 -t 1 --device cpu --kv-type f32 --precision f32 -ngl 0 --windows 1"
     arguments = ["-m", str(model), str(text), *options.split(), "--compare"]
     assert perplexity_cli.main([*arguments, str(dense), "--compare-dtype", "bfloat16"]) == 0
     assert perplexity_cli.main([*arguments, str(model)]) == 0
@@ -226,6 +226,7 @@ def test_every_option_arrives(
         "n_ctx": 99,
         "n_threads": 1,
         "device": "cpu",
+        "gpu_layers": 0,
         "kv_type": "f32",
         "precision": "f32",
         "progress": None,  # standard error is no terminal
@@ -455,7 +456,8 @@ def test_a_file_to_compare_with_needs_no_pytorch(model: Path, text: Path) -> Non
         "status = main(sys.argv[1:]); sys.exit(status or ('torch' in sys.modules))"
     )
     arguments = ["-m", str(model), str(text), "--windows", "1", "--compare", str(model)]
-    assert subprocess.run([sys.executable, "-c", code, *arguments], timeout=60).returncode == 0
+    command = [sys.executable, "-c", code, *arguments]
+    assert subprocess.run(command, cwd=text.parent, timeout=60).returncode == 0
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
