@@ -32,7 +32,8 @@ Prompt (pp512, no logits computed) and decoding (tg128) start from an empty cont
 that a test has to read at least: the layers' weights once for each batch of tokens, the output matrix (in
 decoding), a row of the embedding, and keys and values up to there. They, times tok/s, are the share of the
 memory bandwidth, which is measured as what numpy reads with as many threads. On a GPU it is that of large
-copies within its memory, bytes read and written, and all that is said of memory is of the GPU's.
+copies within its memory, bytes read and written, and all that is said of memory is of the GPU's, also where
+--gpu-layers leaves other layers to the CPU.
 
 Without logits only q, k and v of the last layer run. So --layers N counts what a prompt runs as N - 1 layers
 and the share of a layer's weights that these three have; and what decoding takes without the output matrix,
@@ -133,7 +134,8 @@ def _run(arguments: argparse.Namespace) -> None:
         if arguments.fits:
             _fits(arguments)
         else:
-            _measure(arguments)
+            with command.options_as_typed(command.RUNTIME_OPTIONS, {}):
+                _measure(arguments)
     except OptionError as error:  # all options are the command's, and named as they are typed
         raise command.UsageError(str(error)) from None
 
@@ -158,7 +160,8 @@ def _measure(arguments: argparse.Namespace) -> None:
     from vptq_runtime import machine  # only now: --help and wrong usage should not wait for it
 
     _check(arguments)
-    device = machine.find(arguments.device)
+    no_gpu = arguments.device == "auto" and arguments.gpu_layers == 0
+    device = machine.find("cpu" if no_gpu else arguments.device)
     tests = _tests(arguments, device)
     run = _run_file if arguments.model is not None else _run_synthetic
     facts, measured, layers_measured = run(arguments, tests, device)
@@ -195,7 +198,7 @@ def _run_file(arguments: argparse.Namespace, tests: list[SpeedTest], device: Cpu
 
     model, open_s = open_model(arguments.model)
     facts = ModelFacts.of_model(model, Path(arguments.model).name, arguments.kv_type)
-    _check_memory(facts, tests, device)
+    _check_memory(arguments, facts, tests, device)
     return facts, measure(model, open_s, tests, **_options(arguments, device)), None
 
 
@@ -216,7 +219,7 @@ def _run_synthetic(arguments: argparse.Namespace, tests: list[SpeedTest], device
     n_layer = shape.n_layer if arguments.layers is None else arguments.layers
     check_int("--layers", n_layer, MIN_LAYERS, shape.n_layer)
     made, hint = model.facts(n_layer, arguments.kv_type), "--layers N measures N of them"
-    _check_memory(made, tests, device, hint)
+    _check_memory(arguments, made, tests, device, hint)
     if device.name == "cuda":  # it is uploaded from a file in the host's memory
         made.check_memory(0, _native.available_memory(), memory_name="host memory", hint=hint)
 
@@ -266,6 +269,8 @@ def _check(arguments: argparse.Namespace) -> None:
     for n in arguments.threads or ():
         check_int("--threads", n, 1, 1024)
     check_choice("--device", arguments.device, DEVICES)
+    if arguments.gpu_layers is not None:
+        check_int("--gpu-layers", arguments.gpu_layers, 0, MAX_INT)
     check_choice("--kv-type", arguments.kv_type, KV_TYPES)
     check_choice("--precision", arguments.precision, PRECISIONS)
     if not any(arguments.n_prompt) and not arguments.n_gen:
@@ -287,7 +292,15 @@ def _tests(arguments: argparse.Namespace, device: Cpu | Gpu) -> list[SpeedTest]:
     return tests
 
 
-def _check_memory(facts: ModelFacts, tests: list[SpeedTest], device: Cpu | Gpu, hint: str = "") -> None:
+def _check_memory(
+    arguments: argparse.Namespace,
+    facts: ModelFacts,
+    tests: list[SpeedTest],
+    device: Cpu | Gpu,
+    hint: str = "",
+) -> None:
+    if arguments.gpu_layers is not None and device.name == "cuda":
+        return  # the runtime knows how much of it goes there
     facts.check_memory(
         _n_cached(tests),
         device.available_memory(),
@@ -300,6 +313,7 @@ def _check_memory(facts: ModelFacts, tests: list[SpeedTest], device: Cpu | Gpu, 
 def _options(arguments: argparse.Namespace, device: Cpu | Gpu) -> dict[str, Any]:
     return {
         "device": device.name,
+        "gpu_layers": -1 if arguments.gpu_layers is None else arguments.gpu_layers,
         "kv_type": arguments.kv_type,
         "precision": arguments.precision,
         "repetitions": arguments.repetitions,

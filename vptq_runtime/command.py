@@ -36,7 +36,7 @@ class UsageError(OptionError):
 
 
 def add_context_options(parser: ArgumentParser) -> None:
-    """How long a model's context is, how many threads compute it, and how many layers a GPU does."""
+    """How long a model's context is, and how many threads compute it."""
     parser.add_argument(
         "-c",
         "--n-ctx",
@@ -53,6 +53,11 @@ def add_context_options(parser: ArgumentParser) -> None:
         type=int,
         help="threads (default: one for each physical core)",
     )
+
+
+def add_backend_options(parser: ArgumentParser) -> None:
+    """What a model runs on, and in what numbers."""
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument(
         "-ngl",
         "--gpu-layers",
@@ -61,11 +66,6 @@ def add_context_options(parser: ArgumentParser) -> None:
         type=int,
         help="layers on the GPU, the others on the CPU (default: all, or with --device auto as many as fit)",
     )
-
-
-def add_backend_options(parser: ArgumentParser) -> None:
-    """What a model runs on, and in what numbers."""
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument(
         "--kv-type", default="f16", help="KV cache in f16, f32 or q8_0 (default: %(default)s)"
     )

@@ -173,6 +173,7 @@ def measure(
     tests: Sequence[SpeedTest],
     *,
     device: str,
+    gpu_layers: int = -1,
     kv_type: str,
     precision: str,
     repetitions: int,
@@ -196,6 +197,7 @@ def measure(
         context = _native.Context(
             model,
             device=device,
+            gpu_layers=gpu_layers,
             n_ctx=n_ctx,
             n_threads=n_threads,
             kv_type=kv_type,

@@ -92,6 +92,33 @@ def test_report_of_a_gpu(
     assert lines[-1] == "load 0.50 s, peak GPU memory 2.00 GiB"
 
 
+def test_layers_on_a_gpu(
+    fake_gpu: type[FakeGpu], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However much memory the whole model would need: the runtime says what fits."""
+    seen: list[dict[str, Any]] = []
+
+    def measure(*_: object, **options: Any) -> Measured:
+        seen.append(options)
+        threads = 2 if options["device"] == "cpu" else 0
+        return Measured("cpu, cuda", 128, 0.5, {SpeedTest("tg", 5, threads): [0.5]}, 0)
+
+    monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(fake_gpu, "available_memory", 1 << 10)
+    assert bench.main([*SYNTHETIC, "--device", "cuda", "-ngl", "3"]) == 0
+    assert (seen[0]["device"], seen[0]["gpu_layers"]) == ("cuda", 3)
+    assert bench.main([*SYNTHETIC, "-ngl", "0", "-t", "2"]) == 0
+    assert (seen[1]["device"], seen[1]["gpu_layers"]) == ("cpu", 0)
+    capsys.readouterr()
+
+
+def test_layers_on_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main([*SYNTHETIC, "--device", "cpu", "-ngl", "3"]) == 2
+    assert "--gpu-layers: found 3, expected 0, or none, with device cpu\n" in capsys.readouterr().err
+    assert bench.main([*SYNTHETIC, "-ngl", "-1"]) == 2
+    assert "--gpu-layers: found -1, expected a whole number, at least 0" in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 def test_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     need_gpu()
