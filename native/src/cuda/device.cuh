@@ -34,6 +34,10 @@ VPTQ_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(kAllLanes, value, mask);
 }
 
+// Whether any of these bits is set, which has to be the same in all lanes. So the compiler knows that they branch
+// together, and leaves out what would bring them together again.
+VPTQ_DEVICE bool all_alike(uint32_t bits) { return __any_sync(kAllLanes, static_cast<int>(bits)); }
+
 // Adds to what lies in the block's shared memory, while others may, too; what lay there before.
 VPTQ_DEVICE uint32_t add_shared(uint32_t* sum, uint32_t value) { return atomicAdd(sum, value); }
 

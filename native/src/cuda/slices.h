@@ -6,9 +6,9 @@
 // threads then loads a slice and works through all that needs it.
 //
 // A slice goes with a window of columns, whose x is in shared memory as well. Its entries are lists, one for each block
-// of v rows, in any order inside a list. An entry's 32 bits are, from the lowest on, `last` (1 bit, 3 more of 0), the
-// index in the slice (12 bits) and, from bit 18 on, the column in the window: so the index is an offset in bytes to
-// centroids that are 16 bytes apart, and the upper half one to x.
+// of v rows, in any order inside a list. An entry's 32 bits are, from the lowest on, `last` (2 bits alike, 2 more of
+// 0), the index in the slice (12 bits) and, from bit 18 on, the column in the window: so the index is an offset in
+// bytes to centroids that are 16 bytes apart, and the upper half one to x.
 //
 // A round is 32 entries, one a lane of a warp; a list fills whole rounds, the last of them marked `last`. Where entries
 // are wanting, there are others whose column is the window's end, where x is 0. A chunk is 4 rounds, lane by lane, so
@@ -34,7 +34,8 @@ inline constexpr int kRoundEntries = 32;
 inline constexpr int kChunkRounds = 4;
 inline constexpr int kChunkEntries = kRoundEntries * kChunkRounds;
 inline constexpr int kIndexShift = 4, kColumnShift = 18;
-inline constexpr uint32_t kLastRound = 1, kIndexMask = 0xfff0;
+inline constexpr uint32_t kLastRound = 3;  // two bits: nvcc takes more instructions to test a single one
+inline constexpr uint32_t kIndexMask = 0xfff0;
 
 struct Slice {
   int columns;                      // which of the layer's VqColumns

@@ -5,9 +5,9 @@
 // slices' one after another in a kernel of its own, which can apply norms and bias as well.
 //
 // Bound on an H200, for vectors of 8 and one token, a round of 32 entries: shared memory takes 4 cycles for the
-// centroids and 1 for x, 5.1 and 2.5 with the conflicts that are left; 29 instructions (8 conversions, 8 products, 2
-// loads, 11 for the rest) take 7 on four schedulers; 128 bytes of entries 7, of 4.3 TB/s over 132 multiprocessors. A
-// list adds the sum over the lanes: 55 instructions, 9 shuffles.
+// centroids and 1 for x, 5.1 and 2.5 with the conflicts that are left; 27 instructions (8 conversions, 8 products, 2
+// loads, 9 for the rest) take 6.8 on four schedulers; 128 bytes of entries 7, of 4.3 TB/s over 132 multiprocessors. A
+// list adds the sum over the lanes: 52 instructions, 9 shuffles.
 #include <algorithm>
 
 #include "cuda/kernels/vq.cuh"
@@ -165,7 +165,7 @@ VPTQ_DEVICE void add_run(const uint4* chunks, int n_chunks, const Shared& shared
 #pragma unroll
       for (int r = 0; r < kRoundsAtOnce; ++r) {
         add_centroid<kRows, kTokens, kBf16>(w[r], x[r], sums);
-        if (!(entries[first + r] & kLastRound)) continue;
+        if (!all_alike(entries[first + r] & kLastRound)) continue;
         sum_lanes<kSums>(sums, lane);
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) {
@@ -192,7 +192,8 @@ VPTQ_DEVICE void do_job(const SliceJob& job, const SlicedUse& use, const float* 
   const uint32_t* run_begin = use.run_begin + slice.first_run;
   const uint4* entries = reinterpret_cast<const uint4*>(use.entries);
   const int lane = static_cast<int>(threadIdx.x) % kWarp, n_warps = static_cast<int>(blockDim.x) / kWarp;
-  int run = job.run + static_cast<int>(threadIdx.x) / kWarp;
+  // From lane 0: for the compiler, what comes by a shuffle is the same in all lanes.
+  int run = job.run + shuffle(static_cast<int>(threadIdx.x) / kWarp, 0);
   if (new_slice) load_slice<kRows>(c, slice, shared);
   commit_copies();
   if (run < job.end_run) {  // the wait for the slice and x is used to bring the first run into L2

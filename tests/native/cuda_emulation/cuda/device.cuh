@@ -52,6 +52,8 @@ VPTQ_DEVICE T shuffle_xor(T value, int mask) {
   return shuffle(value, emulation::lane() ^ mask);
 }
 
+VPTQ_DEVICE bool all_alike(uint32_t bits) { return bits != 0; }
+
 VPTQ_DEVICE uint32_t add_shared(uint32_t* sum, uint32_t value) {
   const uint32_t before = *sum;
   *sum += value;
