@@ -9,6 +9,7 @@
 // A lane adds up its columns in ascending order, then the lanes are added up as a tree: the same for any kTokens.
 #include "cuda/device.cuh"
 #include "cuda/kernels.h"
+#include "cuda/kernels/q8.cuh"
 #include "cuda/launch.cuh"
 
 namespace vptq::cuda {
@@ -26,47 +27,58 @@ struct Block {
       kTokens <= 2 ? 3 : 2;  // of each row in shared memory: one in use, the others on their way
 };
 
-// The four bytes from `byte` on, an even number.
-VPTQ_DEVICE uint32_t word_at(const uint32_t* words, int byte) {
-  const uint64_t both = uint64_t{words[byte / 4 + 1]} << 32 | words[byte / 4];
-  return static_cast<uint32_t>(both >> (byte % 4 * 8));
-}
+// Where the four bytes from `byte` on lie, an even number: in a word, or in it and the next.
+struct Place {
+  uint32_t word, shift;
 
-// How the weights of a row lie in memory. A step is what a warp takes at a time: kColumns columns a lane.
-// load(): those of this lane, from byte `step` of the segment on.
+  VPTQ_DEVICE explicit Place(uint32_t byte) : word(byte / 4), shift(byte % 4 * 8) {}
+  VPTQ_DEVICE uint32_t load(const uint32_t* words) const {
+    const uint64_t both = uint64_t{words[word + 1]} << 32 | words[word];
+    return static_cast<uint32_t>(both >> shift);
+  }
+};
+
+// How the weights of a row lie in memory. A step is what a warp takes at a time: kColumns columns a lane, in whole
+// words of all lanes. Made for a row that begins at `byte` of each segment; load(): a lane's weights of the step whose
+// words those are.
 struct F32Row {
   static constexpr int kColumns = 1, kStepBytes = kWarp * 4;
-  VPTQ_DEVICE static void load(const uint32_t* words, int step, int lane, float (&w)[kColumns]) {
-    w[0] = float_from_bits(words[step / 4 + lane]);
-  }
+  uint32_t word;
+
+  VPTQ_DEVICE F32Row(uint32_t byte, uint32_t lane) : word(byte / 4 + lane) {}
+  VPTQ_DEVICE void load(const uint32_t* words, float (&w)[kColumns]) const { w[0] = float_from_bits(words[word]); }
 };
 struct F16Row {
   static constexpr int kColumns = 2, kStepBytes = kWarp * 4;
-  VPTQ_DEVICE static void load(const uint32_t* words, int step, int lane, float (&w)[kColumns]) {
-    const float2 pair = halves_to_floats(word_at(words, step + 4 * lane));
+  Place place;
+
+  VPTQ_DEVICE F16Row(uint32_t byte, uint32_t lane) : place(byte + 4 * lane) {}
+  VPTQ_DEVICE void load(const uint32_t* words, float (&w)[kColumns]) const {
+    const float2 pair = halves_to_floats(place.load(words));
     w[0] = pair.x;
     w[1] = pair.y;
   }
 };
 struct Bf16Row {
   static constexpr int kColumns = 2, kStepBytes = kWarp * 4;
-  VPTQ_DEVICE static void load(const uint32_t* words, int step, int lane, float (&w)[kColumns]) {
-    const uint32_t pair = word_at(words, step + 4 * lane);
+  Place place;
+
+  VPTQ_DEVICE Bf16Row(uint32_t byte, uint32_t lane) : place(byte + 4 * lane) {}
+  VPTQ_DEVICE void load(const uint32_t* words, float (&w)[kColumns]) const {
+    const uint32_t pair = place.load(words);
     w[0] = float_from_bits(pair << 16);
     w[1] = float_from_bits(pair & 0xffff0000u);
   }
 };
 struct Q8Row {
   static constexpr int kColumns = 4, kStepBytes = kWarp * kColumns / kQ8Block * kQ8BlockBytes;
-  VPTQ_DEVICE static void load(const uint32_t* words, int step, int lane, float (&w)[kColumns]) {
-    const int block = step + lane / 8 * kQ8BlockBytes;
-    const float scale = half_to_float(reinterpret_cast<const uint16_t*>(words)[block / 2]);
-    // The byte q + 128 under the exponent of 2^23 is the float 2^23 + 128 + q: a byte move and an exact subtraction,
-    // where a conversion would take one of the few units for those.
-    const uint32_t bytes = word_at(words, block + 2 + lane % 8 * 4) ^ 0x80808080u;
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i)
-      w[i] = scale * (float_from_bits(pick_bytes(bytes, 0x4b000000u, 0x7540 + i)) - 8388736.0f);
+  uint32_t scale;  // which half
+  Place place;
+
+  VPTQ_DEVICE Q8Row(uint32_t byte, uint32_t lane)
+      : scale((byte + lane / 8 * kQ8BlockBytes) / 2), place(2 * scale + 2 + lane % 8 * 4) {}
+  VPTQ_DEVICE void load(const uint32_t* words, float (&w)[kColumns]) const {
+    q8_to_floats(place.load(words), half_to_float(reinterpret_cast<const uint16_t*>(words)[scale]), w);
   }
 };
 
@@ -119,6 +131,8 @@ __global__ void __launch_bounds__(Block<kTokens>::kWarps* kWarp, 2)
     commit_copies();
   };
 
+  static_assert(Row::kStepBytes % 4 == 0);
+  const auto row_of = [&](int r) { return Row(static_cast<uint32_t>(row_begin[r] % 16), lane); };
   float sum[kTokens][kRows] = {};
   const int n_segments = (w.in_features + kSteps * kStep - 1) / (kSteps * kStep);
   for (int s = 0; s < kSegments - 1; ++s) copy(s);
@@ -145,7 +159,7 @@ __global__ void __launch_bounds__(Block<kTokens>::kWarps* kWarp, 2)
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const auto* segment = reinterpret_cast<const uint32_t*>(shared[warp][s % kSegments][r]);
-        Row::load(segment, static_cast<int>(row_begin[r] % 16) + step * Row::kStepBytes, lane, ws[r]);
+        row_of(r).load(segment + step * (Row::kStepBytes / 4), ws[r]);
         if (kColumns == 2 && column + 1 >= w.in_features) ws[r][kColumns - 1] = 0;  // the next row's
 #pragma unroll
         for (int t = 0; t < kTokens; ++t)
