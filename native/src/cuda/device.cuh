@@ -60,6 +60,13 @@ VPTQ_DEVICE uint32_t add_halves(uint32_t a, uint32_t b) {
 // Four of the eight bytes of b:a, counted from a's lowest: the one that each hexadecimal digit of `digits` names.
 VPTQ_DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t digits) { return __byte_perm(a, b, digits); }
 
+// A pointer that was itself loaded: the compiler cannot know that it points into global memory.
+template <class T>
+VPTQ_DEVICE T* to_global(T* p) {
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
+
 // Loads of what is read once: past L1, first to be evicted.
 VPTQ_DEVICE uint4 load_once(const uint4* p) { return __ldcs(p); }
 VPTQ_DEVICE uint2 load_once(const uint2* p) { return __ldcs(p); }
@@ -68,7 +75,12 @@ VPTQ_DEVICE uint16_t load_once(const uint16_t* p) { return __ldcs(p); }
 // Brings a line into L2.
 VPTQ_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-VPTQ_DEVICE float exp_fast(float x) { return __expf(x); }
+// Results that are not normal numbers become 0: else each exponential takes twice as many instructions.
+VPTQ_DEVICE float exp_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  return y;
+}
 
 // d (16, 8) += a (16, 16) b (16, 8) in f16 with float32 sums, over a warp; fragments as PTX's mma.m16n8k16 has them.
 VPTQ_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -97,6 +97,7 @@ struct Few {
 
   // The rows of a warp's positions from p on, all of one block. In place of a row that is not seen, one that is.
   static VPTQ_DEVICE void load(const std::byte* head, int head_dim, Positions seen, int p, Part (&parts)[kRows]) {
+    head = to_global(head);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int position = p + r * kWarpRows + row(), from = position > seen.begin ? position : seen.begin;

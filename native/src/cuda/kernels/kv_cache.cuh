@@ -8,6 +8,7 @@
 
 #include "cuda/device.cuh"
 #include "cuda/kernels.h"
+#include "cuda/kernels/q8.cuh"
 
 namespace vptq::cuda {
 
@@ -29,7 +30,7 @@ struct KvHeads {
 
 // The block of a sequence's position.
 VPTQ_DEVICE std::byte* block_of(const DeviceBatch& batch, int sequence, int position) {
-  return batch.blocks[batch.first_block[sequence] + position / kBlockTokens];
+  return to_global(batch.blocks[batch.first_block[sequence] + position / kBlockTokens]);
 }
 
 // A format has
@@ -104,7 +105,7 @@ struct KvFormat<DType::q8_0> {
     const uint32_t words[] = {c.units.x, c.units.y, c.units.z, c.units.w};
     const float scale = half_to_float(c.scale);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) x[i] = scale * float(static_cast<int8_t>(words[i / 4] >> (i % 4 * 8)));
+    for (int i = 0; i < kChunk; i += 4) q8_to_floats(words[i / 4], scale, x + i);
   }
 };
 

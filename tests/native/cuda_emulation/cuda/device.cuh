@@ -83,6 +83,10 @@ VPTQ_DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t digits) {
   return picked;
 }
 
+template <class T>
+VPTQ_DEVICE T* to_global(T* p) {
+  return p;
+}
 VPTQ_DEVICE uint4 load_once(const uint4* p) { return *p; }
 VPTQ_DEVICE uint2 load_once(const uint2* p) { return *p; }
 VPTQ_DEVICE uint32_t load_once(const uint32_t* p) { return *p; }
