@@ -95,7 +95,7 @@ class VqTile {
   VPTQ_DEVICE void ask() {
     const int bits = c_.index_bits + c_.res_bits;
     const bool halves = kPiece == 1 && bits == 16;  // the rows of outliers are aligned to no more
-    const uint64_t bit = uint64_t(j_) * bits;
+    const uint64_t bit = uint64_t{static_cast<uint32_t>(j_)} * static_cast<uint32_t>(bits);
     const std::byte* at = rows_ + (halves ? bit / 8 : bit / 32 * 4);
     shift_ = halves ? 0 : static_cast<int>(bit % 32);
     const bool both = shift_ + bits > 32;  // else the second word's bits are not looked at
