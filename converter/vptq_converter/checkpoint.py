@@ -71,7 +71,7 @@ class Tensor:
         count = self.nbytes // dtype.itemsize
         return np.frombuffer(self.shard.map, dtype.newbyteorder("<"), count, self.start).reshape(self.shape)
 
-    def finite(self, rows: slice = slice(None)) -> NDArray[np.float32]:
+    def finite(self, rows: slice | NDArray[np.int64] = slice(None)) -> NDArray[np.float32]:
         """Rows of F16, BF16 or F32 numbers in float32; raises FileError for a NaN or infinity."""
         values = float32(self.array()[rows], self.dtype)
         if not np.isfinite(values).all():

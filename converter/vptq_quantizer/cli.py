@@ -1,0 +1,143 @@
+"""vptq-quantize: a dense model to a VPTQ checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vptq_quantizer.options import OPTION_NAMES, QuantizeOptions
+from vptq_runtime import command
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vptq-quantize",
+        description="Quantises a dense Llama, Mistral or Qwen2 model to a VPTQ checkpoint, which vptq-convert takes "
+        "from there. A run that was interrupted goes on where it was.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL_DIR", help="a directory with config.json, *.safetensors and tokenizer.json"
+    )
+    parser.add_argument("out", metavar="OUT_DIR", help="a new directory, or that of a run to go on with")
+    default = QuantizeOptions()
+
+    def option(group: Any, name: str, text: str, **more: Any) -> None:
+        value = getattr(default, name)
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type(value),
+            default=value,
+            metavar="N",
+            help=f"{text} (default: %(default)s)",
+            **more,
+        )
+
+    codebooks = parser.add_argument_group("codebooks")
+    option(codebooks, "vector_len", "outputs that share an index")
+    option(codebooks, "centroids", "entries of a codebook")
+    option(codebooks, "res_centroids", "entries of the codebook for what the first leaves; 0: none")
+    option(codebooks, "groups", "codebooks of a layer, each for as many input columns")
+    option(codebooks, "outliers", "percent of the input columns, those that weigh most, with a codebook of their own")
+    option(codebooks, "outlier_vector_len", "outputs that share an index there")
+    option(codebooks, "outlier_centroids", "entries of that codebook")
+
+    text = parser.add_argument_group("calibration")
+    text.add_argument("--calibration", metavar="FILE", nargs="+", default=[], help="text files")
+    option(text, "samples", "windows of text")
+    option(text, "seq_len", "tokens of a window")
+    text.add_argument(
+        "--hessians", metavar="DIR", help="where the Hessians are kept; those that are there are used again"
+    )
+    option(text, "damping", "added to the Hessian's diagonal, in units of its mean")
+
+    method = parser.add_argument_group("method")
+    method.add_argument(
+        "--finetune", action="store_true", help="fit codebooks, norms and indices of each layer once more"
+    )
+    option(method, "end_to_end", "steps of training centroids and norms of the whole model, in memory; 0: none")
+    method.add_argument(
+        "--no-hessian-weights",
+        dest="hessian_weights",
+        action="store_false",
+        help="plain k-means: all columns weigh the same",
+    )
+    method.add_argument(
+        "--no-second-order",
+        dest="second_order",
+        action="store_false",
+        help="nearest centroids: no column answers for another one's error",
+    )
+    method.add_argument(
+        "--no-normalize", dest="normalize", action="store_false", help="columns as they are, without a norm"
+    )
+    option(method, "seed", "of what is drawn at random")
+
+    parser.add_argument("--layers", metavar="A-B", help="do decoder layers A to B only, the first is 0")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--plot", metavar="FILE", help="a picture of the errors; the ending says the format")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {command.version()}")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0, 1 for an error (one line on standard error), 2 for wrong usage, 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    return command.run("vptq-quantize", lambda: _run(options))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    options = QuantizeOptions(**{name: getattr(arguments, name) for name in OPTION_NAMES})
+    layers = None
+    if arguments.layers is not None:
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", arguments.layers)
+        if not match:
+            raise command.UsageError(f"--layers: found {arguments.layers!r}, expected A-B, as 0-15")
+        layers = (int(match[1]), int(match[2] or match[1]))
+    from vptq_quantizer import quantize  # torch takes seconds to load, and may be missing
+
+    def warn(message: str) -> None:
+        print(f"vptq-quantize: warning: {message}", file=sys.stderr)
+
+    try:
+        report = quantize(
+            arguments.model,
+            arguments.out,
+            options,
+            calibration=arguments.calibration,
+            hessians=arguments.hessians,
+            layers=layers,
+            device=arguments.device,
+            warn=warn,
+        )
+    except KeyboardInterrupt:
+        print("vptq-quantize: interrupted; the same command goes on with what is finished", file=sys.stderr)
+        raise
+    _show(arguments, report)
+
+
+def _show(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
+    from vptq_quantizer.report import plot, table
+
+    Console().print(table(report["layers"]))
+    if "end_to_end" in report:
+        before, after = report["end_to_end"]["kl_divergence"]
+        print(f"end to end: KL divergence from the dense model {before:.4f} before, {after:.4f} after")
+    if report["finished"]:
+        print(
+            f"{arguments.out}: {report['bits_per_weight']:.3f} bits per quantised weight "
+            f"({report['index_bits_per_weight']:.3f} of them indices)"
+        )
+    else:
+        done = len(report["layers"])
+        print(f"{arguments.out}: {done} decoder layers are finished, the others are still to do")
+    if arguments.plot:
+        plot(report["layers"], Path(arguments.plot))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""A codebook, with or without a residual one: trained on vectors, and what stands for a vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vptq_quantizer.kmeans import k_means, nearest, sample, weighted_means
+
+# With a residual, so many of a vector's nearest centroids are tried, each with its best residual centroid.
+CANDIDATES = 8
+JOINT_ROUNDS = 3  # in which centroids and residual centroids are fitted to each other in turn
+
+
+@dataclass
+class Codebook:
+    """centroids (k, v) and, where there is a residual, res_centroids (r, v): a vector is a sum of two."""
+
+    centroids: Tensor
+    res_centroids: Tensor | None = None
+
+    @property
+    def v(self) -> int:
+        return self.centroids.shape[1]
+
+    def encode(self, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The pair of indices (m,), (m,) whose sum is nearest to each of vectors (m, length), among CANDIDATES.
+
+        length may be less than v: the last vectors of a matrix may reach past its last row, and what they have
+        there carries no weight.
+        """
+        length = vectors.shape[1]
+        centroids = self.centroids[:, :length]
+        if self.res_centroids is None:
+            return nearest(vectors, centroids, 1)[:, 0], None
+        res_centroids = self.res_centroids[:, :length]
+        candidates = nearest(vectors, centroids, min(CANDIDATES, len(centroids)))  # (m, CANDIDATES)
+        left = vectors[:, None] - centroids[candidates]
+        residuals = nearest(left.flatten(0, 1), res_centroids, 1).view(candidates.shape)
+        errors = (left - res_centroids[residuals]).square().sum(2)
+        best = errors.argmin(1, keepdim=True)
+        return candidates.gather(1, best)[:, 0], residuals.gather(1, best)[:, 0]
+
+    def decode(self, index: Tensor, res_index: Tensor | None) -> Tensor:
+        """The vectors (..., v) of indices (...)."""
+        vectors = torch.nn.functional.embedding(index, self.centroids)
+        if self.res_centroids is not None and res_index is not None:
+            vectors = vectors + torch.nn.functional.embedding(res_index, self.res_centroids)
+        return vectors
+
+    def rounded(self, dtype: torch.dtype) -> Codebook:
+        """Itself in the values that `dtype` can hold, in float32."""
+        res = None if self.res_centroids is None else self.res_centroids.to(dtype).float()
+        return Codebook(self.centroids.to(dtype).float(), res)
+
+
+def train(vectors: Tensor, weights: Tensor, k: int, r: int, generator: torch.Generator) -> Codebook:
+    """k centroids and r residual ones (0: none) for vectors (n, v) that count by weights (n,).
+
+    k-means gives the centroids, k-means of what they leave the residual ones, and a few rounds fit both.
+    """
+    vectors, weights = sample(vectors, weights, k, generator)
+    centroids = k_means(vectors, weights, k, generator)
+    if not r:
+        return Codebook(centroids)
+    left = vectors - centroids[nearest(vectors, centroids, 1)[:, 0]]
+    codebook = Codebook(centroids, k_means(left, weights, r, generator))
+    for _ in range(JOINT_ROUNDS):
+        assert codebook.res_centroids is not None
+        index, res_index = codebook.encode(vectors)
+        assert res_index is not None
+        centroids = weighted_means(
+            vectors - codebook.res_centroids[res_index], weights, index, codebook.centroids
+        )
+        left = vectors - centroids[index]
+        codebook = Codebook(centroids, weighted_means(left, weights, res_index, codebook.res_centroids))
+    return codebook

@@ -1,0 +1,120 @@
+"""H = 2 X X^T of every linear layer's inputs, from calibration text; kept on disk where asked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from vptq_converter.checkpoint import Checkpoint
+from vptq_quantizer.dense_model import DenseModel, linears
+from vptq_quantizer.safe_files import write_tensors
+from vptq_runtime.errors import FileError, OptionError
+
+# Linear layers that read the same input share a Hessian, which has the first one's name.
+HESSIAN_OF = {
+    "self_attn.q_proj": "self_attn.q_proj",
+    "self_attn.k_proj": "self_attn.q_proj",
+    "self_attn.v_proj": "self_attn.q_proj",
+    "self_attn.o_proj": "self_attn.o_proj",
+    "mlp.gate_proj": "mlp.gate_proj",
+    "mlp.up_proj": "mlp.gate_proj",
+    "mlp.down_proj": "mlp.down_proj",
+}
+SAMPLED_BYTES = 1 << 16  # of each tensor's start go into a model's key: enough to tell two models apart
+
+
+def collect(
+    dense: DenseModel, n: int, layer: nn.Module, hidden: Tensor, advance: Callable[[int], object]
+) -> dict[str, Tensor]:
+    """Runs decoder layer n over hidden states (in place) and returns its Hessians by HESSIAN_OF's names.
+
+    A Hessian is (in_features, in_features): 2 X X^T of the inputs X (in_features, n_tokens), divided by n_tokens.
+    advance(windows) is called as it goes on.
+    """
+    modules = linears(layer)
+    sums = {
+        name: torch.zeros(modules[name].in_features, modules[name].in_features, device=dense.device)
+        for name in dict.fromkeys(HESSIAN_OF.values())
+    }
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].flatten(0, -2)  # (tokens, in_features)
+            sums[name].addmm_(x.T, x, alpha=2)
+
+        return hook
+
+    hooks = [modules[name].register_forward_pre_hook(watch(name)) for name in sums]
+    for n_windows in dense.advance(n, layer, hidden):
+        advance(n_windows)
+    for handle in hooks:
+        handle.remove()
+    n_tokens = hidden.shape[0] * hidden.shape[1]
+    return {name: total.div_(n_tokens) for name, total in sums.items()}
+
+
+def model_key(checkpoint: Checkpoint) -> str:
+    """Names a dense model: its tensors' names, types, shapes, and how each begins."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+        digest.update(next(iter(tensor.chunks()), b"")[:SAMPLED_BYTES])
+    return digest.hexdigest()[:32]
+
+
+class HessianStore:
+    """A directory of Hessians, a safetensors file for each decoder layer.
+
+    calibration: the key of the calibration text, None to take whatever text they are from.
+    """
+
+    def __init__(self, directory: Path, model: str, calibration: str | None) -> None:
+        self.directory = directory
+        self.model, self.calibration = model, calibration
+
+    def path(self, n: int) -> Path:
+        return self.directory / f"layer-{n:05}.safetensors"
+
+    def has(self, n: int) -> bool:
+        return self.path(n).exists()
+
+    def load(self, n: int, shapes: dict[str, int]) -> dict[str, Tensor]:
+        """Layer n's Hessians, (size, size) for each name and size of `shapes`.
+
+        Raises FileError for a damaged file, OptionError for those of another model or another text.
+        """
+        path = self.path(n)
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                self._check(path, metadata)
+                hessians = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except (SafetensorError, OSError) as error:
+            raise FileError(f"{path}: not a whole safetensors file: {error}") from error
+        found = {name: tuple(hessian.shape) for name, hessian in hessians.items()}
+        expected = {name: (size, size) for name, size in shapes.items()}
+        if found != expected:
+            raise FileError(f"{path}: found Hessians {found}, expected {expected}")
+        for name, hessian in hessians.items():
+            if hessian.dtype != torch.float32 or not hessian.isfinite().all() or (hessian.diagonal() < 0).any():
+                raise FileError(f"{path}: tensor {name}: found a NaN, an infinity, or a type that is not F32")
+        return hessians
+
+    def _check(self, path: Path, metadata: dict[str, str]) -> None:
+        for key, expected in (("model", self.model), ("calibration", self.calibration)):
+            if expected is not None and metadata.get(key) != expected:
+                raise OptionError(
+                    f"--hessians: {path}: found the Hessians of another {key} ({metadata.get(key)}), "
+                    f"expected this one's ({expected}): give another directory"
+                )
+
+    def save(self, n: int, hessians: dict[str, Tensor]) -> None:
+        """Raises FileError when the disk is full."""
+        assert self.calibration is not None
+        metadata = {"model": self.model, "calibration": self.calibration}
+        write_tensors(self.path(n), hessians, metadata)

@@ -1,0 +1,91 @@
+"""Weighted k-means over vectors, and nearest centroids: faiss on the CPU, torch on a GPU."""
+
+from __future__ import annotations
+
+import faiss
+import torch
+from torch import Tensor
+
+ITERATIONS = 25
+# A codebook is trained on at most so many vectors, drawn at random: more cost time and move the centroids little.
+MOST_VECTORS = 1 << 20
+MOST_VECTORS_PER_CENTROID = 32  # ... or so many for each centroid, if that is more: 2 million for 65536
+MOST_DISTANCES = 1 << 28  # held at a time on a GPU: 1 GiB
+
+
+def sample(vectors: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """As many of the vectors (n, v) and their weights (n,) as train k centroids."""
+    most = max(MOST_VECTORS, MOST_VECTORS_PER_CENTROID * k)
+    if len(vectors) <= most:
+        return vectors, weights
+    chosen = torch.randperm(len(vectors), generator=generator)[:most].to(vectors.device)
+    return vectors[chosen], weights[chosen]
+
+
+def k_means(vectors: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """k centroids (k, v) that make the weighted squared distance of vectors (n, v) to the nearest small.
+
+    weights (n,) are not negative. The first centroids are vectors drawn with probability in proportion to their
+    weight; a centroid that loses all its vectors is moved to where there are many.
+    """
+    weights = weights / weights.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    # A vector of no weight is drawn when the others are used up: with few vectors, or dead inputs.
+    chances = (weights.double() + 1e-12).cpu().numpy()
+    first = _draw(chances, k, generator).to(vectors.device)
+    if vectors.is_cuda:
+        return _lloyd(vectors, weights, vectors[first].clone())
+    seed = int(torch.randint(2**31 - 1, (1,), generator=generator))
+    trained = faiss.Kmeans(
+        vectors.shape[1],
+        k,
+        niter=ITERATIONS,
+        seed=seed,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(vectors),
+    )
+    trained.train(vectors.numpy(), weights=weights.numpy(), init_centroids=vectors[first].numpy())
+    return torch.from_numpy(trained.centroids)
+
+
+def _draw(chances: object, k: int, generator: torch.Generator) -> Tensor:
+    """k different numbers, each with probability in proportion to its chance (the exponential race)."""
+    chance = torch.as_tensor(chances)
+    times = torch.empty_like(chance).exponential_(generator=generator) / chance
+    return times.topk(k, largest=False).indices
+
+
+def _lloyd(vectors: Tensor, weights: Tensor, centroids: Tensor) -> Tensor:
+    for _ in range(ITERATIONS):
+        code = nearest(vectors, centroids, 1)[:, 0]
+        total = torch.bincount(code, weights, len(centroids))
+        # An empty centroid goes beside the centroid of the greatest weight: the next round divides its vectors.
+        empty = (total == 0).nonzero()[:, 0]
+        centroids = weighted_means(vectors, weights, code, centroids)
+        heaviest = total.topk(len(empty)).indices
+        centroids[empty] = centroids[heaviest] * (1 + 1e-3)
+    return centroids
+
+
+def weighted_means(vectors: Tensor, weights: Tensor, code: Tensor, previous: Tensor) -> Tensor:
+    """The weighted mean (k, v) of the vectors (n, v) of each code (n,); previous (k, v) where there are none."""
+    total = torch.zeros(len(previous), device=weights.device, dtype=torch.float64)
+    total.index_add_(0, code, weights.double())
+    sums = torch.zeros_like(previous, dtype=torch.float64)
+    sums.index_add_(0, code, (vectors * weights[:, None]).double())
+    means = (sums / total[:, None]).to(previous.dtype)
+    return torch.where(total[:, None] > 0, means, previous)
+
+
+def nearest(vectors: Tensor, centroids: Tensor, n: int) -> Tensor:
+    """The n nearest of centroids (k, v) to each of vectors (m, v), the nearest first: (m, n)."""
+    if not vectors.is_cuda:
+        _, indices = faiss.knn(vectors.contiguous().numpy(), centroids.contiguous().numpy(), n)
+        return torch.from_numpy(indices)
+    lengths = (centroids * centroids).sum(1)
+    step = max(1, MOST_DISTANCES // len(centroids))
+    found = []
+    for start in range(0, len(vectors), step):
+        distances = torch.addmm(lengths, vectors[start : start + step], centroids.T, alpha=-2)
+        best = distances.argmin(1, keepdim=True) if n == 1 else distances.topk(n, largest=False).indices
+        found.append(best)
+    return torch.cat(found)

@@ -1,0 +1,117 @@
+"""One linear layer, quantised: codebooks, then column after column, each column's error moved into the next.
+
+Everything here is in normalised, permuted coordinates: columns have mean 0 and variance 1 and stand in the order
+in which they are quantised, by falling h_ii. With W = V diag(s) + b, the proxy error tr(dW H dW^T) of W is that of
+V under diag(s) H diag(s).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vptq_converter.layer import LayerConfig
+from vptq_quantizer.codebook import Codebook, train
+from vptq_quantizer.options import QuantizeOptions
+from vptq_quantizer.quantized_linear import QuantizedLinear, Segment
+from vptq_quantizer.second_order import column_pass, sweep_feedback
+
+LEAST_SCALE = 1e-4  # of a column whose weights are all alike; float16 holds it
+
+
+@dataclass
+class Problem:
+    """A weight (out_features, in_features) in float32, and the Hessian that its error is measured with.
+
+    damped is (in_features, in_features), `damping` on its diagonal included.
+    """
+
+    weight: Tensor
+    damped: Tensor
+    damping: float
+
+    @classmethod
+    def of(cls, weight: Tensor, hessian: Tensor, relative_damping: float) -> Problem:
+        """damping is relative_damping times the mean diagonal, and something where that is 0: no input ever."""
+        damping = relative_damping * float(hessian.diagonal().mean()) or 1.0
+        damped = hessian.clone()
+        damped.diagonal().add_(damping)
+        return cls(weight, damped, damping)
+
+    def normalised(self, perm: Tensor, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Columns (in_features, out_features), a column of the weight as a row, and the damped Hessian: what the
+        problem is in normalised, permuted coordinates."""
+        columns, hessian = self.weight.T[perm], self.damped[perm][:, perm]
+        if scale is not None and shift is not None:
+            s = scale[perm]
+            columns = (columns - shift[perm, None]) / s[:, None]
+            hessian = hessian.mul_(s).mul_(s[:, None])
+        return columns.contiguous(), hessian
+
+    def objective(self, quantised: Tensor) -> Tensor:
+        """tr(D H D^T) with the damped H and D = weight - quantised."""
+        difference = self.weight - quantised
+        return ((difference @ self.damped) * difference).sum()
+
+    def relative_error(self, quantised: Tensor) -> float:
+        """The proxy error tr(D H D^T) / tr(W H W^T), without damping."""
+        difference = self.weight - quantised
+        errors = [
+            float(((w @ self.damped) * w).sum(dtype=torch.float64) - self.damping * w.square().sum(dtype=torch.float64))
+            for w in (difference, self.weight)
+        ]
+        return errors[0] / errors[1] if errors[1] > 0 else 0.0
+
+
+@torch.no_grad()
+def quantize_linear(
+    problem: Problem,
+    config: LayerConfig,
+    options: QuantizeOptions,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    step: Callable[[str, QuantizedLinear], None],
+) -> QuantizedLinear:
+    """Quantises problem.weight by `config`, in numbers that `dtype` (float16 or bfloat16) holds.
+
+    step(name, layer) is told the state after each step: "k-means", "second order".
+    """
+    weight, damped = problem.weight, problem.damped
+    scale = shift = None
+    if config.norm_dim == 0:
+        shift = weight.mean(0).to(dtype).float()
+        scale = weight.std(0, correction=0).clamp_min(LEAST_SCALE).to(dtype).float()
+    importance = damped.diagonal() if scale is None else damped.diagonal() * scale.square()
+    perm = importance.argsort(descending=True, stable=True)
+    normalised, hessian = problem.normalised(perm, scale, shift)
+
+    column_weights = hessian.diagonal() if options.hessian_weights else torch.ones_like(hessian.diagonal())
+    segments = []
+    start = 0
+    parts = [(config.n0, config.v0, config.k0, 0)] if config.n0 else []
+    parts += [(config.group_size, config.v, config.k, config.r)] * config.g
+    for width, v, k, r in parts:
+        columns = slice(start, start + width)
+        codebook = _train_codebook(normalised[columns], column_weights[columns], v, k, r, generator)
+        segments.append(Segment.encode(normalised[columns], start, codebook.rounded(dtype)))
+        start += width
+    layer = QuantizedLinear(config, segments, perm, scale, shift)
+    step("k-means", layer)
+    if options.second_order:
+        undecided = normalised.clone()  # no error yet
+        column_pass(normalised, undecided, sweep_feedback(hessian), layer.encode_column, triangular=True)
+        step("second order", layer)
+    return layer
+
+
+def _train_codebook(
+    columns: Tensor, column_weights: Tensor, v: int, k: int, r: int, generator: torch.Generator
+) -> Codebook:
+    """Of the columns (width, out_features), cut into vectors; the rest of a column that fills none trains nothing."""
+    width, out_features = columns.shape
+    n_blocks = out_features // v
+    vectors = columns[:, : n_blocks * v].reshape(width * n_blocks, v)
+    return train(vectors, column_weights.repeat_interleave(n_blocks), k, r, generator)

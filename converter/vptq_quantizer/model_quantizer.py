@@ -1,0 +1,266 @@
+"""The way from a dense checkpoint to a VPTQ one: decoder layer by decoder layer, each kept as soon as it is done."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from vptq_converter.architectures import LINEARS
+from vptq_converter.checkpoint import Checkpoint
+from vptq_converter.layer import LayerConfig
+from vptq_quantizer.calibration import Calibration, check_context, read_calibration
+from vptq_quantizer.checkpoint_writer import CheckpointWriter, Part, stored
+from vptq_quantizer.dense_model import DenseModel, linears
+from vptq_quantizer.end_to_end import tune
+from vptq_quantizer.finetune import finetune_linear
+from vptq_quantizer.hessians import HESSIAN_OF, HessianStore, collect, model_key
+from vptq_quantizer.layer_quantizer import Problem, quantize_linear
+from vptq_quantizer.options import QuantizeOptions, option_error
+from vptq_quantizer.quantized_linear import QuantizedLinear, config_entry
+from vptq_quantizer.report import LayerReport, summary
+from vptq_runtime.errors import OptionError, UnsupportedError
+
+Show = Callable[[str, float], object]  # told what is being done, and how many steps of the bar that finishes
+
+
+def quantize(
+    model_dir: str | Path,
+    out_dir: str | Path,
+    options: QuantizeOptions,
+    *,
+    calibration: Sequence[str | Path] = (),
+    hessians: str | Path | None = None,
+    layers: tuple[int, int] | None = None,
+    device: str = "cpu",
+    warn: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """Quantises the dense checkpoint model_dir (a directory, or what else vptq-convert takes) into out_dir.
+
+    calibration: text files; may be empty where `hessians`, a directory, has them all. layers: the first and the last
+    decoder layer to do; the checkpoint is put together by whoever finds all parts in out_dir/.parts. What an earlier
+    call has finished there is taken over. warn is told, in a line each, what is poorer than it could be.
+
+    Returns what report.json says: "layers" (report.py), the summary, "finished". Raises VPTQError for whatever is
+    wrong with the model, the text, the options or the disk; what is finished stays.
+    """
+    checkpoint = Checkpoint(model_dir)
+    dense = DenseModel(checkpoint, _device(device))
+    configs = {name: options.layer_config(name, *shape) for name, shape in dense.linear_shapes().items()}
+    wanted = _range(layers, dense.n_layers)
+    text = None
+    if calibration:
+        check_context(options.seq_len, dense.model.hyperparameters.n_ctx_train)
+        text = read_calibration(
+            checkpoint, dense.n_vocab, calibration, options.samples, options.seq_len, options.seed
+        )
+        _warn_of_rank(text, configs, warn)
+    elif options.end_to_end:
+        raise OptionError("--end-to-end: found no --calibration, expected text to train on")
+    model = model_key(checkpoint)
+    store = HessianStore(Path(hessians), model, text.key if text else None) if hessians is not None else None
+    writer = CheckpointWriter(
+        Path(out_dir), {**asdict(options), "model": model, "calibration": text.key if text else "--hessians"}
+    )
+    run = _Run(dense, options, configs, _stored_dtype(checkpoint), text, store)
+    pending = [n for n in wanted if not writer.has(n)]
+    with _progress(len(pending) * len(LINEARS)) as show:
+        for n, part in run.parts(pending, show):
+            writer.write(n, part)
+
+    reports = [writer.report(n) for n in range(dense.n_layers) if writer.has(n)]
+    finished = len(reports) == dense.n_layers
+    report: dict[str, Any] = {"model": checkpoint.name, "options": asdict(options), "finished": finished}
+    report |= {**(summary(reports) if reports else {}), "layers": reports}
+    if finished:
+        if options.end_to_end and text is not None:
+            report["end_to_end"] = run.tune(writer, text)
+        writer.finish(dense, run.dtype, run.entries(), report)
+    return report
+
+
+@dataclass(frozen=True)
+class _Run:
+    dense: DenseModel
+    options: QuantizeOptions
+    configs: Mapping[str, LayerConfig]  # by path in a decoder layer
+    dtype: torch.dtype  # of the new checkpoint
+    text: Calibration | None
+    store: HessianStore | None
+
+    def parts(self, pending: Sequence[int], show: Show) -> Iterator[tuple[int, Part]]:
+        """Quantises the decoder layers `pending`, one in memory at a time.
+
+        The text goes through the dense model up to the last layer whose Hessians are not on disk. Inputs are the
+        dense model's, not those that the quantised layers before would give: so Hessians serve every set of options,
+        and layers can be done in any order, by several machines.
+        """
+        missing = [n for n in pending if not (self.store and self.store.has(n))]
+        hidden = None
+        if missing:
+            if self.text is None:
+                raise OptionError(
+                    f"--calibration: found no text, and no Hessians of layer {missing[0]} (--hessians): expected either"
+                )
+            hidden = self.dense.embed(self.text.windows)
+        for n in range(max(pending, default=-1) + 1):
+            if n not in pending and n > max(missing, default=-1):
+                continue
+            layer = self.dense.load_layer(n)
+            begin = time.monotonic()
+            hessians = self._hessians(n, layer, hidden if n <= max(missing, default=-1) else None, n in pending, show)
+            if n in pending:
+                yield n, self._part(n, layer, hessians, time.monotonic() - begin, show)
+
+    def _hessians(
+        self, n: int, layer: nn.Module, hidden: Tensor | None, needed: bool, show: Show
+    ) -> dict[str, Tensor]:
+        """Layer n's Hessians, if needed; moves the hidden states on to the next layer if there are any."""
+        stored_here = self.store is not None and self.store.has(n)
+        if hidden is not None:
+            done = 0
+
+            def advance(windows: int) -> None:
+                nonlocal done
+                done += windows
+                show(f"layer {n}: calibration, {done} of {len(hidden)} windows", 0)
+
+            if needed and not stored_here:
+                hessians = collect(self.dense, n, layer, hidden, advance)
+                for name, hessian in hessians.items():
+                    if not hessian.isfinite().all():
+                        raise OptionError(f"layer {n}, {name}: found inputs that overflow float32")
+                if self.store:
+                    self.store.save(n, hessians)
+                return hessians
+            for windows in self.dense.advance(n, layer, hidden):
+                advance(windows)
+        if needed and self.store is not None:
+            sizes = {name: self.configs[name].in_features for name in HESSIAN_OF.values()}
+            return self.store.load(n, sizes)
+        return {}
+
+    def _part(
+        self, n: int, layer: nn.Module, hessians: Mapping[str, Tensor], seconds: float, show: Show
+    ) -> Part:
+        begin = time.monotonic() - seconds
+        modules = linears(layer)
+        tensors = {
+            name: stored(self.dense.checkpoint.tensor(name), self.dtype)
+            for name in self.dense.layer_tensors(n)
+            if name.removeprefix(f"model.layers.{n}.").removesuffix(".weight") not in modules
+        }
+        reports = {}
+        for i, (name, linear) in enumerate(modules.items()):
+            hessian = hessians[HESSIAN_OF[name]].to(self.dense.device)
+            problem = Problem.of(linear.weight, hessian, self.options.damping)
+            # Seeded one by one, so that an interrupted run gives what a whole one does.
+            seed = int(np.random.SeedSequence([self.options.seed, n, i]).generate_state(1)[0])
+            quantised, reports[name] = self._quantize(
+                problem, self.configs[name], seed, lambda step, path=f"layer {n}: {name}": show(f"{path}, {step}", 0)
+            )
+            fields = quantised.tensors(self.dtype)
+            reports[name] |= _bits(fields, self.configs[name])
+            tensors |= {f"model.layers.{n}.{name}.{field}": tensor for field, tensor in fields.items()}
+            show(f"layer {n}: {name}", 1)
+        return Part(tensors, {"layer": n, "seconds": time.monotonic() - begin, "linears": reports})
+
+    def _quantize(
+        self, problem: Problem, config: LayerConfig, seed: int, show: Callable[[str], None]
+    ) -> tuple[QuantizedLinear, dict[str, Any]]:
+        errors: dict[str, float] = {}
+        seconds: dict[str, float] = {}
+        begin = time.monotonic()
+        show("k-means")
+
+        def step(name: str, layer: QuantizedLinear) -> None:
+            errors[name] = problem.relative_error(layer.weight())
+            seconds[name] = time.monotonic() - begin - sum(seconds.values())
+            show(f"{name} done")
+
+        generator = torch.Generator().manual_seed(seed)
+        layer = quantize_linear(problem, config, self.options, self.dtype, generator, step)
+        if self.options.finetune:
+            layer = finetune_linear(problem, layer, self.dtype, step)
+        return layer, {"proxy_error": errors, "seconds": seconds}
+
+    def entries(self) -> dict[str, Any]:
+        """`config_for_layers` of the new checkpoint."""
+        return {
+            module: config_entry(config, f"{module}.bias" in self.dense.checkpoint.tensors)
+            for n in range(self.dense.n_layers)
+            for name, config in self.configs.items()
+            for module in [f"model.layers.{n}.{name}"]
+        }
+
+    def tune(self, writer: CheckpointWriter, text: Calibration) -> dict[str, Any]:
+        """Trains the whole model end to end, once all layers are there; what it gives stands beside the parts."""
+        parts = {n: writer.read(n) for n in range(self.dense.n_layers)}
+        with _progress(self.options.end_to_end) as show:
+            tuned, report = tune(self.dense, self.configs, parts, self.options, self.dtype, text, show)
+        for n, tensors in tuned.items():
+            writer.write(n, Part(tensors, report), tuned=True)
+        return report
+
+
+def _bits(tensors: Mapping[str, Tensor], config: LayerConfig) -> dict[str, Any]:
+    """What a layer takes, in all and for its indices, without its bias."""
+    indices = [tensor for name, tensor in tensors.items() if name.endswith("indices")]
+    return {
+        "out_features": config.out_features,
+        "in_features": config.in_features,
+        "bits": 8 * sum(tensor.nbytes for tensor in tensors.values()),
+        "index_bits": 8 * sum(tensor.nbytes for tensor in indices),
+    }
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise option_error("device", name, "cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise option_error("device", name, "cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UnsupportedError(f"--device {name}: PyTorch finds {torch.cuda.device_count()} GPUs here")
+    return device
+
+
+def _range(layers: tuple[int, int] | None, n_layers: int) -> range:
+    first, last = layers or (0, n_layers - 1)
+    if not 0 <= first <= last < n_layers:
+        raise option_error("layers", f"{first}-{last}", f"layers from 0 to {n_layers - 1}")
+    return range(first, last + 1)
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """bfloat16 where the dense model has that, else float16: one type for all, as the model's config says one."""
+    return torch.bfloat16 if checkpoint.tensor("model.embed_tokens.weight").dtype == "BF16" else torch.float16
+
+
+def _warn_of_rank(text: Calibration, configs: Mapping[str, LayerConfig], warn: Callable[[str], None]) -> None:
+    largest = max(config.in_features for config in configs.values())
+    if text.windows.size < largest:
+        warn(
+            f"--calibration: found {text.windows.size} tokens, expected at least {largest}, the inputs of the largest "
+            "layer: its Hessian has not full rank, and only --damping tells the directions apart that it lacks"
+        )
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Show]:
+    """A bar on standard error, when that is a terminal."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda what, steps: bar.update(task, description=what, advance=steps)

@@ -1,0 +1,108 @@
+"""What a model is quantised to and how: the options of `vptq-quantize`, and what they mean for one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from vptq_converter.layer import MAX_CENTROIDS, MAX_VECTOR_LENGTH, LayerConfig
+from vptq_runtime.errors import OptionError
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Raises OptionError, which names the option as the command has it, for a value out of range."""
+
+    vector_len: int = 8  # v: outputs of one input column that share an index
+    centroids: int = 65536  # k
+    res_centroids: int = 0  # r, 0: no residual
+    groups: int = 1  # g: codebooks of a layer
+    outliers: float = 0.0  # percent of the input columns, at least; so many that the rest makes equal groups
+    outlier_vector_len: int = 4  # v0
+    outlier_centroids: int = 4096  # k0
+    damping: float = 0.01  # times the Hessian's mean diagonal, added to its diagonal
+    normalize: bool = True  # input columns to mean 0 and variance 1
+    hessian_weights: bool = True  # k-means weighs each column by h_ii; False: all alike
+    second_order: bool = True  # a column's error moves into the columns after it; False: nearest centroids
+    finetune: bool = False  # layer by layer: codebooks and norms, and indices again
+    end_to_end: int = 0  # training steps of the whole model's codebooks and norms; 0: none
+    samples: int = 128  # windows of calibration text
+    seq_len: int = 2048  # tokens of a window
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("vector_len", 1, MAX_VECTOR_LENGTH),
+            ("outlier_vector_len", 1, MAX_VECTOR_LENGTH),
+            ("groups", 1, MAX_CENTROIDS),
+            ("samples", 1, 2**20),
+            ("seq_len", 2, 2**20),
+            ("end_to_end", 0, 2**31 - 1),
+            ("seed", 0, 2**31 - 1),
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high:
+                raise option_error(name, value, f"an integer from {low} to {high}")
+        for name, least in (("centroids", 2), ("res_centroids", 0), ("outlier_centroids", 2)):
+            value = getattr(self, name)
+            power = type(value) is int and 2 <= value <= MAX_CENTROIDS and value & (value - 1) == 0
+            if not power and not (value == least == 0):
+                none = "0 (none) or " if least == 0 else ""
+                raise option_error(name, value, f"{none}a power of two from 2 to {MAX_CENTROIDS}")
+        if self.res_centroids > self.centroids:  # its packed indices are masked with the main index's width
+            raise option_error(
+                "res_centroids",
+                self.res_centroids,
+                f"at most --centroids ({self.centroids}): the published vptq package reads no larger ones",
+            )
+        if not 0 <= self.outliers <= 50:
+            raise option_error("outliers", self.outliers, "a percentage from 0 to 50")
+        if not 0 < self.damping <= 10:
+            raise option_error("damping", self.damping, "a number above 0, at most 10")
+
+    def layer_config(self, module: str, out_features: int, in_features: int) -> LayerConfig:
+        """How one linear layer of that size is quantised; raises OptionError where it is too small for it."""
+        g, n0 = self.groups, 0
+        if self.outliers:
+            n0 = max(1, round(self.outliers / 100 * in_features))
+            n0 += (in_features - n0) % g
+        if n0 >= in_features or (in_features - n0) % g:
+            raise OptionError(
+                f"{module}: {in_features} input columns, {n0} of them outliers: found --groups {g}, "
+                "expected a divisor of the rest"
+            )
+        config = LayerConfig(
+            in_features=in_features, out_features=out_features,
+            v=self.vector_len, k=self.centroids, r=self.res_centroids, g=g,
+            n0=n0, v0=self.outlier_vector_len if n0 else 0, k0=self.outlier_centroids if n0 else 0,
+            packed=True,
+            perm=g > 1 or n0 > 0,  # else the order of the columns is nobody's business but the sweep's
+            norm_dim=0 if self.normalize else None,
+        )  # fmt: skip
+        self._check_counts(module, config)
+        return config
+
+    def _check_counts(self, module: str, c: LayerConfig) -> None:
+        """Refuses more centroids than there are vectors, not counting those that reach past the last row."""
+        parts = [("vector_len", c.v, c.group_size, ("centroids", "res_centroids"))]
+        if c.n0:
+            parts.append(("outlier_vector_len", c.v0, c.n0, ("outlier_centroids",)))
+        for length, v, columns, counts in parts:
+            n_vectors = c.out_features // v * columns
+            if n_vectors < 2:
+                raise option_error(length, v, f"at most {c.out_features}, the output rows of {module}")
+            for name in counts:
+                if getattr(self, name) > n_vectors:
+                    largest = 1 << (n_vectors.bit_length() - 1)
+                    raise option_error(
+                        name,
+                        getattr(self, name),
+                        f"at most {largest}: a codebook of {module} stands for {n_vectors} vectors",
+                    )
+
+
+def option_error(name: str, found: object, expected: str) -> OptionError:
+    """An error about the option that the command spells --name."""
+    return OptionError(f"--{name.replace('_', '-')}: found {found}, expected {expected}")
+
+
+OPTION_NAMES = tuple(field.name for field in fields(QuantizeOptions))

@@ -1,0 +1,83 @@
+"""What became of each layer: a table, a picture, and the numbers behind them (report.json)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from vptq_runtime.errors import FileError, OptionError
+
+# A layer's report: {"layer": n, "seconds": s, "linears": {path in the layer: {
+#     "out_features", "in_features", "bits": of all its tensors but a bias,
+#     "proxy_error": {step: relative error}, "seconds": {step: s}}}}
+LayerReport = dict[str, Any]
+
+
+def summary(layers: Sequence[LayerReport]) -> dict[str, Any]:
+    """Over all linear layers: bits per weight, seconds, and the mean relative proxy error after each step."""
+    linears = [linear for layer in layers for linear in layer["linears"].values()]
+    weights = sum(linear["out_features"] * linear["in_features"] for linear in linears)
+    return {
+        "bits_per_weight": sum(linear["bits"] for linear in linears) / weights,
+        "index_bits_per_weight": sum(linear["index_bits"] for linear in linears) / weights,
+        "quantized_weights": weights,
+        "seconds": sum(layer["seconds"] for layer in layers),
+        "proxy_error": {step: _mean_error(linears, step) for step in steps(layers)},
+    }
+
+
+def steps(layers: Sequence[LayerReport]) -> list[str]:
+    """The steps that layers went through, in order."""
+    first = next(iter(layers[0]["linears"].values()))
+    return list(first["proxy_error"])
+
+
+def _mean_error(linears: Sequence[dict[str, Any]], step: str) -> float:
+    return sum(linear["proxy_error"][step] for linear in linears) / len(linears)
+
+
+def table(layers: Sequence[LayerReport]) -> Table:
+    """A row for each decoder layer: proxy errors are the mean over its linear layers of tr(D H D^T) / tr(W H W^T)."""
+    result = Table(title="Relative proxy error, mean over the linear layers of each decoder layer")
+    result.add_column("layer", justify="right")
+    names = steps(layers)
+    for name in [*names, "bits/weight", "seconds"]:
+        result.add_column(name, justify="right")
+
+    def row(name: str, layers: Sequence[LayerReport]) -> None:
+        total = summary(layers)
+        errors = (f"{total['proxy_error'][step]:.4f}" for step in names)
+        result.add_row(name, *errors, f"{total['bits_per_weight']:.3f}", f"{total['seconds']:.1f}")
+
+    for layer in layers:
+        row(str(layer["layer"]), [layer])
+    result.add_section()
+    row("all", layers)
+    return result
+
+
+def plot(layers: Sequence[LayerReport], target: Path) -> None:
+    """The proxy error of every linear layer after each step, a panel for each kind; the ending says the format."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise OptionError('--plot needs matplotlib: pip install "vptq-runtime[quantize]"') from error
+    kinds = list(layers[0]["linears"])
+    figure = Figure(figsize=(3 * len(kinds), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True)
+    numbers = [layer["layer"] for layer in layers]
+    for panel, kind in zip(panels, kinds, strict=True):
+        for step in steps(layers):
+            errors = [layer["linears"][kind]["proxy_error"][step] for layer in layers]
+            panel.plot(numbers, errors, marker=".", label=step)
+        panel.set(title=kind, xlabel="decoder layer", yscale="log")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("relative proxy error")
+    panels[-1].legend(fontsize="small")
+    try:
+        figure.savefig(target, dpi=150)
+    except (OSError, ValueError) as error:
+        raise FileError(f"--plot: {target}: cannot be written: {error}") from error
