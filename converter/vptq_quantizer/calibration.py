@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-
 from vptq_converter.checkpoint import Checkpoint
 from vptq_converter.config import read_text
 from vptq_converter.tokenizer import read_tokenizer
+
 from vptq_quantizer.options import option_error
 from vptq_runtime.errors import OptionError
 from vptq_runtime.tokenizer import Tokenizer
@@ -20,7 +20,9 @@ from vptq_runtime.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text as tokens: `stream` (n,) all of it, `windows` (n_windows, seq_len) what the Hessians are made of."""
+    """Text as tokens: `stream` (n,) all of it, `windows` (n_windows, seq_len) what the Hessians are made
+    of.
+    """
 
     stream: NDArray[np.int64]
     windows: NDArray[np.int64]
@@ -45,9 +47,9 @@ def read_calibration(
 ) -> Calibration:
     """Tokenises the files with the model's own tokenizer and draws windows that do not overlap.
 
-    Each file's text is one document: the tokenizer puts around it what it puts around a prompt. Text of less than
-    one window is one shorter window; of less than `samples` windows, all that there are. Raises FileError for a
-    file that cannot be read, OptionError for text without tokens.
+    Each file's text is one document: the tokenizer puts around it what it puts around a prompt. Text of less
+    than one window is one shorter window; of less than `samples` windows, all that there are. Raises
+    FileError for a file that cannot be read, OptionError for text without tokens.
     """
     json = read_tokenizer(checkpoint, n_vocab).json
     tokenizer = Tokenizer(json, n_vocab, str(checkpoint.directory / "tokenizer.json"))

@@ -1,4 +1,6 @@
-"""OUT_DIR: a finished decoder layer is a file in OUT_DIR/.parts; when all are there they become the checkpoint."""
+"""OUT_DIR: a finished decoder layer is a file in OUT_DIR/.parts; when all are there they become the
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-
 from vptq_converter.checkpoint import Checkpoint
 from vptq_converter.checkpoint import Tensor as StoredTensor
 from vptq_converter.config import Section
+
 from vptq_quantizer.dense_model import DenseModel
 from vptq_quantizer.safe_files import write_json, write_tensors
 from vptq_runtime.errors import FileError, OptionError
@@ -45,7 +47,8 @@ class Part:
 class CheckpointWriter:
     """The files of one run, which may be a later attempt at it.
 
-    run: everything that decides what comes out, by name; attempts with another one are refused, with OptionError.
+    run: everything that decides what comes out, by name; attempts with another one are refused, with
+    OptionError.
     """
 
     def __init__(self, out_dir: Path, run: Mapping[str, Any]) -> None:
@@ -59,12 +62,14 @@ class CheckpointWriter:
             for name, value in run.items():
                 if before.get(name) != value:
                     raise OptionError(
-                        f"{out_dir}: found a run with {name} {before.get(name)}, expected {value} as this one has: "
+                        f"{out_dir}: found a run with {name} {before.get(name)}, expected {value}, as now: "
                         "go on with the same options, or in another directory"
                     )
             return
         if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-            raise OptionError(f"{out_dir}: found other files, expected a new directory, or a run to go on with")
+            raise OptionError(
+                f"{out_dir}: found other files, expected a new directory, or a run to go on with"
+            )
         write_json(path, dict(run))
 
     def path(self, n: int, tuned: bool = False) -> Path:
@@ -74,7 +79,9 @@ class CheckpointWriter:
         return self.path(n, tuned).exists()
 
     def write(self, n: int, part: Part, tuned: bool = False) -> None:
-        """Decoder layer n (tuned: after end-to-end fine-tuning); raises FileError, and others are untouched."""
+        """Decoder layer n (tuned: after end-to-end fine-tuning); raises FileError, and others are
+        untouched.
+        """
         write_tensors(self.path(n, tuned), part.tensors, {"report": json.dumps(part.report)})
 
     def report(self, n: int) -> dict[str, Any]:
@@ -93,10 +100,16 @@ class CheckpointWriter:
                     {name: file.get_tensor(name) for name in names}, json.loads(file.metadata()["report"])
                 )
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise FileError(f"{path}: not a whole part of a checkpoint: {error}; delete it to make it again") from error
+            raise FileError(
+                f"{path}: not a whole part of a checkpoint: {error}; delete it to make it again"
+            ) from error
 
-    def finish(self, dense: DenseModel, dtype: torch.dtype, entries: dict[str, Any], report: Mapping[str, Any]) -> None:
-        """The checkpoint in OUT_DIR: a shard for each decoder layer and one for the rest; config.json comes last."""
+    def finish(
+        self, dense: DenseModel, dtype: torch.dtype, entries: dict[str, Any], report: Mapping[str, Any]
+    ) -> None:
+        """The checkpoint in OUT_DIR: a shard for each decoder layer and one for the rest; config.json
+        comes last.
+        """
         n_shards = dense.n_layers + 1
         names = [f"model-{n + 1:05}-of-{n_shards:05}.safetensors" for n in range(n_shards)]
         rest = {
@@ -138,7 +151,9 @@ class CheckpointWriter:
 
 
 def stored(tensor: StoredTensor, dtype: torch.dtype) -> Tensor:
-    """A dense tensor of the checkpoint in the type that the new one has; raises FileError for what it cannot hold."""
+    """A dense tensor of the checkpoint in the type that the new one has; raises FileError for what it
+    cannot hold.
+    """
     values = torch.from_numpy(tensor.finite()).to(dtype)
     tensor.release()
     if not values.isfinite().all():

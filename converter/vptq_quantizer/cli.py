@@ -17,8 +17,8 @@ from vptq_runtime import command
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vptq-quantize",
-        description="Quantises a dense Llama, Mistral or Qwen2 model to a VPTQ checkpoint, which vptq-convert takes "
-        "from there. A run that was interrupted goes on where it was.",
+        description="Quantises a dense Llama, Mistral or Qwen2 model to a VPTQ checkpoint, which vptq-convert "
+        "takes from there. A run that was interrupted goes on where it was.",
     )
     parser.add_argument(
         "model", metavar="MODEL_DIR", help="a directory with config.json, *.safetensors and tokenizer.json"
@@ -42,7 +42,11 @@ def _parser() -> argparse.ArgumentParser:
     option(codebooks, "centroids", "entries of a codebook")
     option(codebooks, "res_centroids", "entries of the codebook for what the first leaves; 0: none")
     option(codebooks, "groups", "codebooks of a layer, each for as many input columns")
-    option(codebooks, "outliers", "percent of the input columns, those that weigh most, with a codebook of their own")
+    option(
+        codebooks,
+        "outliers",
+        "percent of the input columns, those that weigh most, with a codebook of their own",
+    )
     option(codebooks, "outlier_vector_len", "outputs that share an index there")
     option(codebooks, "outlier_centroids", "entries of that codebook")
 
@@ -59,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     method.add_argument(
         "--finetune", action="store_true", help="fit codebooks, norms and indices of each layer once more"
     )
-    option(method, "end_to_end", "steps of training centroids and norms of the whole model, in memory; 0: none")
+    option(
+        method, "end_to_end", "steps of training centroids and norms of the whole model, in memory; 0: none"
+    )
     method.add_argument(
         "--no-hessian-weights",
         dest="hessian_weights",
@@ -134,7 +140,9 @@ def _show(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
         )
     else:
         done = len(report["layers"])
-        print(f"{arguments.out}: {done} decoder layers are finished, the others are still to do")
+        print(
+            f"{arguments.out}: {done} of {report['n_layers']} decoder layers are finished, the others are still to do"
+        )
     if arguments.plot:
         plot(report["layers"], Path(arguments.plot))
 

@@ -26,10 +26,10 @@ class Codebook:
         return self.centroids.shape[1]
 
     def encode(self, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The pair of indices (m,), (m,) whose sum is nearest to each of vectors (m, length), among CANDIDATES.
+        """The pair of indices (m,), (m,) whose sum is nearest to each of vectors (m, length): of CANDIDATES.
 
-        length may be less than v: the last vectors of a matrix may reach past its last row, and what they have
-        there carries no weight.
+        length may be less than v: the last vectors of a matrix may reach past its last row, and what they
+        have there carries no weight.
         """
         length = vectors.shape[1]
         centroids = self.centroids[:, :length]

@@ -11,9 +11,9 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
-
 from vptq_converter.architectures import LINEARS, Model, read_model
 from vptq_converter.checkpoint import Checkpoint
+
 from vptq_runtime.errors import FileError, UnsupportedError
 
 BATCH_TOKENS = 8192  # tokens that go through a layer at a time: bounds the memory of its activations
@@ -34,8 +34,8 @@ class _Recorder(nn.Module):
 class DenseModel:
     """A checkpoint's embedding and decoder layers in float32 on `device`, loaded when asked for.
 
-    Raises UnsupportedError for an architecture that is not supported and for a model that is quantised already,
-    FileError for what is damaged, missing or contradicts itself.
+    Raises UnsupportedError for an architecture that is not supported and for a model that is quantised
+    already, FileError for what is damaged, missing or contradicts itself.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
@@ -51,7 +51,8 @@ class DenseModel:
         self.model: Model = read_model(checkpoint)
         self.n_layers = self.model.hyperparameters.n_layer
         self.n_vocab = self.model.hyperparameters.n_vocab
-        # transformers' own code, without weights: what each layer is called with (masks, positions) is its affair.
+        # transformers' own code, without weights: what each layer is called with (masks, positions) is its
+        # affair.
         self.causal_class: Any = getattr(transformers, checkpoint.config.values["architectures"][0])
         try:
             self.config = self.causal_class.config_class.from_dict(dict(checkpoint.config.values))
@@ -85,7 +86,7 @@ class DenseModel:
     def load_layer(self, n: int) -> nn.Module:
         """Decoder layer n with its dense weights, in float32; raises FileError for a NaN or infinity."""
         prefix = f"model.layers.{n}."
-        layer = copy.deepcopy(self._layers[n])
+        layer: nn.Module = copy.deepcopy(self._layers[n])
         state = {
             name: torch.from_numpy(self.checkpoint.tensor(prefix + name).finite()).to(self.device)
             for name in layer.state_dict()
@@ -98,7 +99,9 @@ class DenseModel:
     def whole(self) -> nn.Module:
         """The whole model with its dense weights, in float32: for models that fit in memory."""
         with torch.device("meta"):
-            model = self.causal_class._from_config(self.config, attn_implementation="sdpa", dtype=torch.float32)
+            model: Any = self.causal_class._from_config(
+                self.config, attn_implementation="sdpa", dtype=torch.float32
+            )
         names = [name for name in model.state_dict() if name in self.checkpoint.tensors]
         state = {
             name: torch.from_numpy(self.checkpoint.tensor(name).finite()).to(self.device) for name in names
@@ -106,10 +109,13 @@ class DenseModel:
         model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
         model.model.rotary_emb = self._body.rotary_emb
-        return model.eval().requires_grad_(False)
+        whole: nn.Module = model.eval().requires_grad_(False)
+        return whole
 
     def advance(self, n: int, layer: nn.Module, hidden: Tensor) -> Iterator[int]:
-        """Runs decoder layer n over hidden states (n_windows, seq_len, n_embd), in place; yields windows done."""
+        """Runs decoder layer n over hidden states (n_windows, seq_len, n_embd), in place; yields windows
+        done.
+        """
         arguments = self._arguments(n, hidden[:1].to(self.device))
         step = max(1, BATCH_TOKENS // hidden.shape[1])
         for start in range(0, len(hidden), step):
@@ -132,4 +138,4 @@ def linears(layer: nn.Module) -> dict[str, nn.Linear]:
     modules = dict(layer.named_modules())
     found = {name: modules[name] for name in LINEARS}
     assert all(isinstance(module, nn.Linear) for module in found.values())
-    return found  # type: ignore[return-value]
+    return found

@@ -1,7 +1,8 @@
 """End-to-end fine-tuning: centroids and norms of the whole model, trained to give the dense model's logits.
 
-The loss is the KL divergence of the quantised model's next-token distribution from the dense one's, on windows drawn
-from all of the calibration text. Indices stay as they are. Both models are in memory, in float32.
+The loss is the KL divergence of the quantised model's next-token distribution from the dense one's, on
+windows drawn from all of the calibration text. Indices stay as they are. Both models are in memory, in
+float32.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-
 from vptq_converter.layer import LayerConfig
+
 from vptq_quantizer.calibration import Calibration
 from vptq_quantizer.checkpoint_writer import Part
 from vptq_quantizer.dense_model import DenseModel
@@ -56,7 +57,8 @@ def tune(
     """Trains for options.end_to_end steps, from the parts (by decoder layer) on.
 
     Returns the tensors of each decoder layer by full name, and under the key n_layers the final norm; and
-    what to report: the loss before and after, on text that was not trained on but is of the calibration files.
+    what to report: the loss before and after, on text that was not trained on but is of the calibration
+    files.
     """
     teacher = dense.whole()
     student = copy.deepcopy(teacher)
@@ -64,7 +66,9 @@ def tune(
     for n, part in parts.items():
         for name, config in configs.items():
             module = f"model.layers.{n}.{name}"
-            fields = {key.removeprefix(f"{module}."): t for key, t in part.tensors.items() if key.startswith(module)}
+            fields = {
+                key.removeprefix(f"{module}."): t for key, t in part.tensors.items() if key.startswith(module)
+            }
             layer = QuantizedLinear.from_tensors(config, fields).to(dense.device)
             parent, _, last = module.rpartition(".")
             linears[module] = _VPTQLinear(layer, student.get_submodule(module).bias)  # type: ignore[arg-type]
@@ -75,7 +79,9 @@ def tune(
         norm.data = norm.data.to(dtype).float()
 
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    groups = [{"params": [p], "lr": LEARNING_RATE * float(p.detach().square().mean().sqrt())} for p in trained]
+    groups = [
+        {"params": [p], "lr": LEARNING_RATE * p.detach().square().mean().sqrt().item()} for p in trained
+    ]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     n_steps = options.end_to_end
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -92,7 +98,7 @@ def tune(
 
     @torch.no_grad()
     def measured() -> float:
-        return sum(float(loss(n_steps + n)) for n in range(MEASURED_BATCHES)) / MEASURED_BATCHES
+        return sum(loss(n_steps + n).item() for n in range(MEASURED_BATCHES)) / MEASURED_BATCHES
 
     before = measured()
     for step in range(n_steps):
@@ -101,7 +107,7 @@ def tune(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        show(f"end to end: KL divergence {float(value):.4f}", 1)
+        show(f"end to end: KL divergence {value.item():.4f}", 1)
     with torch.no_grad():
         tuned = {n: dict(part.tensors) for n, part in parts.items()} | {dense.n_layers: {}}
         for module, vptq in linears.items():

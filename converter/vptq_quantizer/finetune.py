@@ -1,7 +1,8 @@
 """Layer-wise fine-tuning: what stands for a weight is fitted to it again, as the Hessian sees the error.
 
-In turn, with the indices fixed, tr(D H D^T) is made small over centroids, residual centroids, scale and shift (in each
-of them it is quadratic), and with those fixed, indices are chosen again column by column (second_order.py).
+In turn, with the indices fixed, tr(D H D^T) is made small over centroids, residual centroids, scale and shift
+(in each of them it is quadratic), and with those fixed, indices are chosen again column by column
+(second_order.py).
 """
 
 from __future__ import annotations
@@ -22,18 +23,17 @@ FIT_STEPS = 40  # of L-BFGS, each about one product of a weight and the Hessian
 def finetune_linear(
     problem: Problem, layer: QuantizedLinear, dtype: torch.dtype, step: Callable[[str, QuantizedLinear], None]
 ) -> QuantizedLinear:
-    """The layer fitted in ROUNDS rounds; what does not lower the (damped) proxy error is not kept.
-
-    step(name, layer) is told the state after each round: "fine-tuning 1", ...
+    """The layer fitted in ROUNDS rounds, in numbers that dtype holds; what does not lower the (damped) error is
+    not kept. step("fine-tuning", layer) is told the state at the end.
     """
     error = float(problem.objective(layer.weight()))
-    for n in range(ROUNDS):
+    for _ in range(ROUNDS):
         for improve in (_fit, _choose_again):
             candidate = improve(problem, layer, dtype)
             candidate_error = float(problem.objective(candidate.weight()))
             if candidate_error < error:
                 layer, error = candidate, candidate_error
-        step(f"fine-tuning {n + 1}", layer)
+    step("fine-tuning", layer)
     return layer
 
 
@@ -41,7 +41,9 @@ def _fit(problem: Problem, layer: QuantizedLinear, dtype: torch.dtype) -> Quanti
     """The layer with the same indices and better centroids, scale and shift, in numbers that dtype holds."""
     start = layer.parameters_by_name()
     # Each parameter is measured in units in which the objective is equally curved along it (Jacobi).
-    units = {name: curvature.clamp_min(1e-20).rsqrt() for name, curvature in _curvatures(problem, layer).items()}
+    units = {
+        name: curvature.clamp_min(1e-20).rsqrt() for name, curvature in _curvatures(problem, layer).items()
+    }
     changes = {name: torch.zeros_like(value, requires_grad=True) for name, value in start.items()}
     optimizer = torch.optim.LBFGS(
         list(changes.values()), max_iter=FIT_STEPS, history_size=10, line_search_fn="strong_wolfe"
@@ -55,7 +57,7 @@ def _fit(problem: Problem, layer: QuantizedLinear, dtype: torch.dtype) -> Quanti
         weight = changed().weight()
         difference = problem.weight - weight.detach()
         product = difference @ problem.damped
-        weight.backward(-2 * product)
+        weight.backward(-2 * product)  # type: ignore[no-untyped-call]
         return (product * difference).sum()
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]

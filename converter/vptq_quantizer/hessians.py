@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-
 from vptq_converter.checkpoint import Checkpoint
+
 from vptq_quantizer.dense_model import DenseModel, linears
 from vptq_quantizer.safe_files import write_tensors
 from vptq_runtime.errors import FileError, OptionError
@@ -25,7 +26,7 @@ HESSIAN_OF = {
     "mlp.up_proj": "mlp.gate_proj",
     "mlp.down_proj": "mlp.down_proj",
 }
-SAMPLED_BYTES = 1 << 16  # of each tensor's start go into a model's key: enough to tell two models apart
+SAMPLED_NUMBERS = 1 << 14  # of each tensor's start go into a model's key: enough to tell two models apart
 
 
 def collect(
@@ -33,8 +34,8 @@ def collect(
 ) -> dict[str, Tensor]:
     """Runs decoder layer n over hidden states (in place) and returns its Hessians by HESSIAN_OF's names.
 
-    A Hessian is (in_features, in_features): 2 X X^T of the inputs X (in_features, n_tokens), divided by n_tokens.
-    advance(windows) is called as it goes on.
+    A Hessian is (in_features, in_features): 2 X X^T of the inputs X (in_features, n_tokens), divided by
+    n_tokens. advance(windows) is called as it goes on.
     """
     modules = linears(layer)
     sums = {
@@ -59,11 +60,11 @@ def collect(
 
 
 def model_key(checkpoint: Checkpoint) -> str:
-    """Names a dense model: its tensors' names, types, shapes, and how each begins."""
-    digest = hashlib.sha256()
+    """Names a dense model: its config, its tensors' names, types and shapes, and how each begins."""
+    digest = hashlib.sha256(json.dumps(checkpoint.config.values, sort_keys=True).encode())
     for name, tensor in sorted(checkpoint.tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-        digest.update(next(iter(tensor.chunks()), b"")[:SAMPLED_BYTES])
+        digest.update(tensor.array().reshape(-1)[:SAMPLED_NUMBERS].tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -101,7 +102,11 @@ class HessianStore:
         if found != expected:
             raise FileError(f"{path}: found Hessians {found}, expected {expected}")
         for name, hessian in hessians.items():
-            if hessian.dtype != torch.float32 or not hessian.isfinite().all() or (hessian.diagonal() < 0).any():
+            if (
+                hessian.dtype != torch.float32
+                or not hessian.isfinite().all()
+                or (hessian.diagonal() < 0).any()
+            ):
                 raise FileError(f"{path}: tensor {name}: found a NaN, an infinity, or a type that is not F32")
         return hessians
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 ITERATIONS = 25
-# A codebook is trained on at most so many vectors, drawn at random: more cost time and move the centroids little.
+# A codebook is trained on at most so many vectors, drawn at random: more cost time and move the centroids
+# little.
 MOST_VECTORS = 1 << 20
 MOST_VECTORS_PER_CENTROID = 32  # ... or so many for each centroid, if that is more: 2 million for 65536
 MOST_DISTANCES = 1 << 28  # held at a time on a GPU: 1 GiB
@@ -25,15 +26,15 @@ def sample(vectors: Tensor, weights: Tensor, k: int, generator: torch.Generator)
 def k_means(vectors: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """k centroids (k, v) that make the weighted squared distance of vectors (n, v) to the nearest small.
 
-    weights (n,) are not negative. The first centroids are vectors drawn with probability in proportion to their
-    weight; a centroid that loses all its vectors is moved to where there are many.
+    weights (n,) are not negative. The first centroids are vectors drawn with probability in proportion to
+    their weight; a centroid that loses all its vectors is moved to where there are many.
     """
     weights = weights / weights.mean().clamp_min(torch.finfo(torch.float32).tiny)
     # A vector of no weight is drawn when the others are used up: with few vectors, or dead inputs.
     chances = (weights.double() + 1e-12).cpu().numpy()
     first = _draw(chances, k, generator).to(vectors.device)
     if vectors.is_cuda:
-        return _lloyd(vectors, weights, vectors[first].clone())
+        return lloyd(vectors, weights, vectors[first].clone())
     seed = int(torch.randint(2**31 - 1, (1,), generator=generator))
     trained = faiss.Kmeans(
         vectors.shape[1],
@@ -54,11 +55,13 @@ def _draw(chances: object, k: int, generator: torch.Generator) -> Tensor:
     return times.topk(k, largest=False).indices
 
 
-def _lloyd(vectors: Tensor, weights: Tensor, centroids: Tensor) -> Tensor:
+def lloyd(vectors: Tensor, weights: Tensor, centroids: Tensor) -> Tensor:
+    """k-means from these centroids (k, v) on, as torch does it on any device."""
     for _ in range(ITERATIONS):
         code = nearest(vectors, centroids, 1)[:, 0]
         total = torch.bincount(code, weights, len(centroids))
-        # An empty centroid goes beside the centroid of the greatest weight: the next round divides its vectors.
+        # An empty centroid goes beside the centroid of the greatest weight: the next round divides its
+        # vectors.
         empty = (total == 0).nonzero()[:, 0]
         centroids = weighted_means(vectors, weights, code, centroids)
         heaviest = total.topk(len(empty)).indices
@@ -67,7 +70,9 @@ def _lloyd(vectors: Tensor, weights: Tensor, centroids: Tensor) -> Tensor:
 
 
 def weighted_means(vectors: Tensor, weights: Tensor, code: Tensor, previous: Tensor) -> Tensor:
-    """The weighted mean (k, v) of the vectors (n, v) of each code (n,); previous (k, v) where there are none."""
+    """The weighted mean (k, v) of the vectors (n, v) of each code (n,); previous (k, v) where there are
+    none.
+    """
     total = torch.zeros(len(previous), device=weights.device, dtype=torch.float64)
     total.index_add_(0, code, weights.double())
     sums = torch.zeros_like(previous, dtype=torch.float64)

@@ -1,8 +1,8 @@
 """One linear layer, quantised: codebooks, then column after column, each column's error moved into the next.
 
-Everything here is in normalised, permuted coordinates: columns have mean 0 and variance 1 and stand in the order
-in which they are quantised, by falling h_ii. With W = V diag(s) + b, the proxy error tr(dW H dW^T) of W is that of
-V under diag(s) H diag(s).
+Everything here is in normalised, permuted coordinates: columns have mean 0 and variance 1 and stand in the
+order in which they are quantised, by falling h_ii. With W = V diag(s) + b, the proxy error tr(dW H dW^T) of W
+is that of V under diag(s) H diag(s).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
 from vptq_converter.layer import LayerConfig
+
 from vptq_quantizer.codebook import Codebook, train
 from vptq_quantizer.options import QuantizeOptions
 from vptq_quantizer.quantized_linear import QuantizedLinear, Segment
@@ -35,7 +35,9 @@ class Problem:
 
     @classmethod
     def of(cls, weight: Tensor, hessian: Tensor, relative_damping: float) -> Problem:
-        """damping is relative_damping times the mean diagonal, and something where that is 0: no input ever."""
+        """damping is relative_damping times the mean diagonal, and something where that is 0: no input
+        ever.
+        """
         damping = relative_damping * float(hessian.diagonal().mean()) or 1.0
         damped = hessian.clone()
         damped.diagonal().add_(damping)
@@ -60,7 +62,10 @@ class Problem:
         """The proxy error tr(D H D^T) / tr(W H W^T), without damping."""
         difference = self.weight - quantised
         errors = [
-            float(((w @ self.damped) * w).sum(dtype=torch.float64) - self.damping * w.square().sum(dtype=torch.float64))
+            float(
+                ((w @ self.damped) * w).sum(dtype=torch.float64)
+                - self.damping * w.square().sum(dtype=torch.float64)
+            )
             for w in (difference, self.weight)
         ]
         return errors[0] / errors[1] if errors[1] > 0 else 0.0
@@ -110,7 +115,9 @@ def quantize_linear(
 def _train_codebook(
     columns: Tensor, column_weights: Tensor, v: int, k: int, r: int, generator: torch.Generator
 ) -> Codebook:
-    """Of the columns (width, out_features), cut into vectors; the rest of a column that fills none trains nothing."""
+    """Of the columns (width, out_features), cut into vectors; the rest of a column that fills none trains
+    nothing.
+    """
     width, out_features = columns.shape
     n_blocks = out_features // v
     vectors = columns[:, : n_blocks * v].reshape(width * n_blocks, v)

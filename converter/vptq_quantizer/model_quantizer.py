@@ -1,4 +1,6 @@
-"""The way from a dense checkpoint to a VPTQ one: decoder layer by decoder layer, each kept as soon as it is done."""
+"""The way from a dense checkpoint to a VPTQ one: decoder layer by decoder layer, each kept as soon as it
+is done.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-
 from vptq_converter.architectures import LINEARS
 from vptq_converter.checkpoint import Checkpoint
 from vptq_converter.layer import LayerConfig
+
 from vptq_quantizer.calibration import Calibration, check_context, read_calibration
 from vptq_quantizer.checkpoint_writer import CheckpointWriter, Part, stored
 from vptq_quantizer.dense_model import DenseModel, linears
@@ -28,7 +30,7 @@ from vptq_quantizer.hessians import HESSIAN_OF, HessianStore, collect, model_key
 from vptq_quantizer.layer_quantizer import Problem, quantize_linear
 from vptq_quantizer.options import QuantizeOptions, option_error
 from vptq_quantizer.quantized_linear import QuantizedLinear, config_entry
-from vptq_quantizer.report import LayerReport, summary
+from vptq_quantizer.report import summary
 from vptq_runtime.errors import OptionError, UnsupportedError
 
 Show = Callable[[str, float], object]  # told what is being done, and how many steps of the bar that finishes
@@ -47,12 +49,13 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantises the dense checkpoint model_dir (a directory, or what else vptq-convert takes) into out_dir.
 
-    calibration: text files; may be empty where `hessians`, a directory, has them all. layers: the first and the last
-    decoder layer to do; the checkpoint is put together by whoever finds all parts in out_dir/.parts. What an earlier
-    call has finished there is taken over. warn is told, in a line each, what is poorer than it could be.
+    calibration: text files; may be empty where `hessians`, a directory, has them all. layers: the first and
+    the last decoder layer to do; the checkpoint is put together by whoever finds all parts in out_dir/.parts.
+    What an earlier call has finished there is taken over. warn is told, in a line each, what is poorer than
+    it could be.
 
-    Returns what report.json says: "layers" (report.py), the summary, "finished". Raises VPTQError for whatever is
-    wrong with the model, the text, the options or the disk; what is finished stays.
+    Returns what report.json says: "layers" (report.py), the summary, "finished". Raises VPTQError for
+    whatever is wrong with the model, the text, the options or the disk; what is finished stays.
     """
     checkpoint = Checkpoint(model_dir)
     dense = DenseModel(checkpoint, _device(device))
@@ -80,7 +83,12 @@ def quantize(
 
     reports = [writer.report(n) for n in range(dense.n_layers) if writer.has(n)]
     finished = len(reports) == dense.n_layers
-    report: dict[str, Any] = {"model": checkpoint.name, "options": asdict(options), "finished": finished}
+    report: dict[str, Any] = {
+        "model": checkpoint.name,
+        "options": asdict(options),
+        "finished": finished,
+        "n_layers": dense.n_layers,
+    }
     report |= {**(summary(reports) if reports else {}), "layers": reports}
     if finished:
         if options.end_to_end and text is not None:
@@ -101,9 +109,9 @@ class _Run:
     def parts(self, pending: Sequence[int], show: Show) -> Iterator[tuple[int, Part]]:
         """Quantises the decoder layers `pending`, one in memory at a time.
 
-        The text goes through the dense model up to the last layer whose Hessians are not on disk. Inputs are the
-        dense model's, not those that the quantised layers before would give: so Hessians serve every set of options,
-        and layers can be done in any order, by several machines.
+        The text goes through the dense model up to the last layer whose Hessians are not on disk. Inputs are
+        the dense model's, not those that the quantised layers before would give: so Hessians serve every set
+        of options, and layers can be done in any order, by several machines.
         """
         missing = [n for n in pending if not (self.store and self.store.has(n))]
         hidden = None
@@ -118,7 +126,9 @@ class _Run:
                 continue
             layer = self.dense.load_layer(n)
             begin = time.monotonic()
-            hessians = self._hessians(n, layer, hidden if n <= max(missing, default=-1) else None, n in pending, show)
+            hessians = self._hessians(
+                n, layer, hidden if n <= max(missing, default=-1) else None, n in pending, show
+            )
             if n in pending:
                 yield n, self._part(n, layer, hessians, time.monotonic() - begin, show)
 
@@ -167,7 +177,10 @@ class _Run:
             # Seeded one by one, so that an interrupted run gives what a whole one does.
             seed = int(np.random.SeedSequence([self.options.seed, n, i]).generate_state(1)[0])
             quantised, reports[name] = self._quantize(
-                problem, self.configs[name], seed, lambda step, path=f"layer {n}: {name}": show(f"{path}, {step}", 0)
+                problem,
+                self.configs[name],
+                seed,
+                lambda step, name=name: show(f"layer {n}: {name}, {step}", 0),  # type: ignore[misc]
             )
             fields = quantised.tensors(self.dtype)
             reports[name] |= _bits(fields, self.configs[name])
@@ -176,7 +189,7 @@ class _Run:
         return Part(tensors, {"layer": n, "seconds": time.monotonic() - begin, "linears": reports})
 
     def _quantize(
-        self, problem: Problem, config: LayerConfig, seed: int, show: Callable[[str], None]
+        self, problem: Problem, config: LayerConfig, seed: int, show: Callable[[str], object]
     ) -> tuple[QuantizedLinear, dict[str, Any]]:
         errors: dict[str, float] = {}
         seconds: dict[str, float] = {}
@@ -204,7 +217,9 @@ class _Run:
         }
 
     def tune(self, writer: CheckpointWriter, text: Calibration) -> dict[str, Any]:
-        """Trains the whole model end to end, once all layers are there; what it gives stands beside the parts."""
+        """Trains the whole model end to end, once all layers are there; what it gives stands beside the
+        parts.
+        """
         parts = {n: writer.read(n) for n in range(self.dense.n_layers)}
         with _progress(self.options.end_to_end) as show:
             tuned, report = tune(self.dense, self.configs, parts, self.options, self.dtype, text, show)
@@ -244,7 +259,9 @@ def _range(layers: tuple[int, int] | None, n_layers: int) -> range:
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """bfloat16 where the dense model has that, else float16: one type for all, as the model's config says one."""
+    """bfloat16 where the dense model has that, else float16: one type for all, as the model's config says
+    one.
+    """
     return torch.bfloat16 if checkpoint.tensor("model.embed_tokens.weight").dtype == "BF16" else torch.float16
 
 
@@ -261,6 +278,8 @@ def _warn_of_rank(text: Calibration, configs: Mapping[str, LayerConfig], warn: C
 def _progress(total: int) -> Iterator[Show]:
     """A bar on standard error, when that is a terminal."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
+    ) as bar:
         task = bar.add_task("", total=total)
         yield lambda what, steps: bar.update(task, description=what, advance=steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from vptq_converter.layer import MAX_CENTROIDS, MAX_VECTOR_LENGTH, LayerConfig
+
 from vptq_runtime.errors import OptionError
 
 
@@ -83,7 +84,9 @@ class QuantizeOptions:
 
     def _check_counts(self, module: str, c: LayerConfig) -> None:
         """Refuses more centroids than there are vectors, not counting those that reach past the last row."""
-        parts = [("vector_len", c.v, c.group_size, ("centroids", "res_centroids"))]
+        parts: list[tuple[str, int, int, tuple[str, ...]]] = [
+            ("vector_len", c.v, c.group_size, ("centroids", "res_centroids"))
+        ]
         if c.n0:
             parts.append(("outlier_vector_len", c.v0, c.n0, ("outlier_centroids",)))
         for length, v, columns, counts in parts:

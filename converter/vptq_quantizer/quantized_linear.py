@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-
 from vptq_converter.layer import LayerConfig, index_bits, pack, unpack
+
 from vptq_quantizer.codebook import Codebook
 
 NORM_TENSORS = ("weight_scale", "weight_bias")
@@ -35,7 +35,9 @@ class Segment:
         return cls(start, codebook, index, res_index)
 
     def encode_column(self, j: int, column: Tensor) -> Tensor:
-        """Chooses the indices of column j (of the layer) for values (out_features,); returns what they stand for."""
+        """Chooses the indices of column j (of the layer) for values (out_features,); returns what they
+        stand for.
+        """
         index, res_index = _encode(self.codebook, column[None])
         self.index[j - self.start] = index[0]
         if self.res_index is not None and res_index is not None:
@@ -49,7 +51,9 @@ class Segment:
 
 
 def _encode(codebook: Codebook, columns: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Indices (width, n_blocks) of columns (width, out_features); a last vector may be shorter than the others."""
+    """Indices (width, n_blocks) of columns (width, out_features); a last vector may be shorter than the
+    others.
+    """
     width, out_features = columns.shape
     n_whole = out_features // codebook.v
     whole = columns[:, : n_whole * codebook.v].reshape(width * n_whole, codebook.v)
@@ -114,7 +118,9 @@ class QuantizedLinear:
         return weight.T
 
     def parameters_by_name(self) -> dict[str, Tensor]:
-        """Everything but the indices: codebooks by segment, scale, shift; as the layer holds them, not copies."""
+        """Everything but the indices: codebooks by segment, scale, shift; as the layer holds them, not
+        copies.
+        """
         found: dict[str, Tensor] = {}
         for n, segment in enumerate(self.segments):
             found[f"{n}.centroids"] = segment.codebook.centroids
@@ -130,13 +136,13 @@ class QuantizedLinear:
             replace(s, codebook=Codebook(parameters[f"{n}.centroids"], parameters.get(f"{n}.res_centroids")))
             for n, s in enumerate(self.segments)
         ]
-        return replace(
-            self, segments=segments, scale=parameters.get("scale"), shift=parameters.get("shift")
-        )
+        return replace(self, segments=segments, scale=parameters.get("scale"), shift=parameters.get("shift"))
 
     def to(self, device: torch.device) -> QuantizedLinear:
         """The layer on that device."""
-        moved = self.with_parameters({name: value.to(device) for name, value in self.parameters_by_name().items()})
+        moved = self.with_parameters(
+            {name: value.to(device) for name, value in self.parameters_by_name().items()}
+        )
         moved.perm = self.perm.to(device)
         for segment in moved.segments:
             segment.index = segment.index.to(device)
@@ -152,13 +158,17 @@ class QuantizedLinear:
         return replace(self, segments=copies)
 
     def encode_column(self, j: int, column: Tensor) -> Tensor:
-        """Chooses the indices of permuted column j for values (out_features,); returns what they stand for."""
+        """Chooses the indices of permuted column j for values (out_features,); returns what they stand
+        for.
+        """
         c = self.config
         place = 0 if j < c.n0 else (j - c.n0) // c.group_size + (c.n0 > 0)
         return self.segments[place].encode_column(j, column)
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The checkpoint's tensors by their names under the module path (docs/file-format.md has the shapes)."""
+        """The checkpoint's tensors by their names under the module path (docs/file-format.md has the
+        shapes).
+        """
         c = self.config
         groups = self.segments[1:] if c.n0 else self.segments
         rows = torch.stack([segment.index.T for segment in groups]).cpu()  # (g, n_blocks, group_size)
@@ -183,7 +193,8 @@ class QuantizedLinear:
         if self.scale is not None and self.shift is not None:
             tensors |= {"weight_scale": self.scale, "weight_bias": self.shift}
         return {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
         }
 
 

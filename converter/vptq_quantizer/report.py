@@ -36,15 +36,18 @@ def steps(layers: Sequence[LayerReport]) -> list[str]:
 
 
 def _mean_error(linears: Sequence[dict[str, Any]], step: str) -> float:
-    return sum(linear["proxy_error"][step] for linear in linears) / len(linears)
+    errors: list[float] = [linear["proxy_error"][step] for linear in linears]
+    return sum(errors) / len(errors)
 
 
 def table(layers: Sequence[LayerReport]) -> Table:
-    """A row for each decoder layer: proxy errors are the mean over its linear layers of tr(D H D^T) / tr(W H W^T)."""
-    result = Table(title="Relative proxy error, mean over the linear layers of each decoder layer")
+    """A row for each decoder layer: proxy errors are the mean over its linear layers of tr(D H D^T) / tr(W
+    H W^T).
+    """
+    result = Table(title="Relative proxy error (mean over the linear layers) and bits per weight")
     result.add_column("layer", justify="right")
     names = steps(layers)
-    for name in [*names, "bits/weight", "seconds"]:
+    for name in [*names, "bits", "seconds"]:
         result.add_column(name, justify="right")
 
     def row(name: str, layers: Sequence[LayerReport]) -> None:
@@ -60,7 +63,9 @@ def table(layers: Sequence[LayerReport]) -> Table:
 
 
 def plot(layers: Sequence[LayerReport], target: Path) -> None:
-    """The proxy error of every linear layer after each step, a panel for each kind; the ending says the format."""
+    """The proxy error of every linear layer after each step, a panel for each kind; the ending says the
+    format.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -34,6 +34,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
+            temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner reads
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -42,3 +43,9 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, SafetensorError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise FileError(f"{path}: cannot be written: {reason}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # it cannot be read without being set
+    os.umask(mask)
+    return mask

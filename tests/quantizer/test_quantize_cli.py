@@ -1,0 +1,84 @@
+"""vptq-quantize: a table, a picture, exit status, one-line errors."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from dense_models import SEQ_LEN
+from vptq_quantizer import cli
+
+SMALL = ["--vector-len", "4", "--centroids", "16", "--samples", "8", "--seq-len", str(SEQ_LEN)]
+
+
+def test_success(
+    dense_model: Callable[[str], Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, picture = tmp_path / "out", tmp_path / "errors.png"
+    command = [str(dense_model("llama")), str(out), *SMALL, "--finetune", "--plot", str(picture)]
+    assert cli.main([*command, "--calibration", str(text)]) == 0
+    captured = capsys.readouterr()
+    report = json.loads((out / "report.json").read_text())
+    assert f"{out}: {report['bits_per_weight']:.3f} bits per quantised weight" in captured.out
+    for title in ("k-means", "second order", "fine-tuning", "bits", "seconds"):
+        assert title in captured.out
+    assert captured.err == ""
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_switches(dense_model: Callable[[str], Path], text: Path, tmp_path: Path) -> None:
+    command = [str(dense_model("llama")), str(tmp_path / "out"), *SMALL, "--calibration", str(text)]
+    switches = ["--no-hessian-weights", "--no-second-order", "--no-normalize"]
+    assert cli.main([*command, *switches]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert list(report["proxy_error"]) == ["k-means"]
+    options = report["options"]
+    assert not any(options[name] for name in ("hessian_weights", "second_order", "normalize", "finetune"))
+
+
+def test_a_part(
+    dense_model: Callable[[str], Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(dense_model("llama")), str(tmp_path / "out"), *SMALL, "--calibration", str(text)]
+    assert cli.main([*command, "--layers", "1"]) == 0
+    assert "1 of 2 decoder layers are finished, the others are still to do" in capsys.readouterr().out
+    assert cli.main([*command, "--layers", "0-1"]) == 0
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--centroids", "3"], 1, "error: --centroids: found 3, expected a power of two from 2 to 65536"),
+        (["--layers", "x"], 2, "error: --layers: found 'x', expected A-B, as 0-15"),
+        (["--calibration", "nothing.txt"], 1, "error: nothing.txt: cannot be read"),
+    ],
+)
+def test_errors(
+    arguments: list[str],
+    status: int,
+    message: str,
+    dense_model: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main([str(dense_model("llama")), str(tmp_path / "out"), *SMALL, *arguments]) == status
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_warnings_are_printed(
+    dense_model: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "short.txt").write_text("the quick brown fox")
+    command = [str(dense_model("llama")), str(tmp_path / "out"), *SMALL]
+    assert cli.main([*command, "--calibration", str(tmp_path / "short.txt")]) == 0
+    assert capsys.readouterr().err.startswith("vptq-quantize: warning: --calibration: found ")
+
+
+def test_a_picture_that_cannot_be_drawn(
+    dense_model: Callable[[str], Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(dense_model("llama")), str(tmp_path / "out"), *SMALL, "--calibration", str(text)]
+    assert cli.main([*command, "--plot", str(tmp_path / "errors.xyz")]) == 1
+    assert "--plot" in capsys.readouterr().err
