@@ -21,8 +21,22 @@ def write_dense(directory: Path, architecture: str, shards: int = 1) -> Path:
 
 
 def write_text(path: Path, n_words: int = 3000) -> Path:
-    """Words in random order: about four tokens each."""
-    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "the", "file", "is", "a", "model"]
+    """Words in random order: about a token each."""
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "a",
+        "lazy",
+        "dog",
+        "and",
+        "is",
+        "model",
+        "file",
+    ]
     numbers = torch.randint(len(words), (n_words,), generator=torch.Generator().manual_seed(0))
     path.write_text(" ".join(words[n] for n in numbers.tolist()), encoding="utf-8")
     return path

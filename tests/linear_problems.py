@@ -1,4 +1,4 @@
-"""Linear layers to quantise: random weights, and Hessians of inputs that depend on each other as real ones do."""
+"""Linear layers to quantise: random weights, and inputs that depend on each other as real ones do."""
 
 import torch
 from torch import Tensor

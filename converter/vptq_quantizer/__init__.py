@@ -1,4 +1,4 @@
-"""Make VPTQ checkpoints of dense models: `quantize("model", "out", QuantizeOptions(), calibration=["a.txt"])`.
+"""Makes VPTQ checkpoints of dense ones: `quantize("model", "out", QuantizeOptions(), calibration=["a.txt"])`.
 
 The method is the paper's, "VPTQ: Extreme Low-bit Vector Post-Training Quantization" (arXiv 2409.17066);
 docs/quantize.md says what is done, step by step.

@@ -17,7 +17,7 @@ from vptq_runtime import command
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vptq-quantize",
-        description="Quantises a dense Llama, Mistral or Qwen2 model to a VPTQ checkpoint, which vptq-convert "
+        description="Quantises a dense Llama, Mistral or Qwen2 model to a VPTQ checkpoint: vptq-convert "
         "takes from there. A run that was interrupted goes on where it was.",
     )
     parser.add_argument(
@@ -141,7 +141,7 @@ def _show(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
     else:
         done = len(report["layers"])
         print(
-            f"{arguments.out}: {done} of {report['n_layers']} decoder layers are finished, the others are still to do"
+            f"{arguments.out}: {done} of {report['n_layers']} decoder layers are finished, others still to do"
         )
     if arguments.plot:
         plot(report["layers"], Path(arguments.plot))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from vptq_quantizer.kmeans import k_means, nearest, sample, weighted_means
+from vptq_quantizer.kmeans import k_means, sample, weighted_means
+from vptq_quantizer.nearest import CentroidIndex, nearest
 
 # With a residual, so many of a vector's nearest centroids are tried, each with its best residual centroid.
 CANDIDATES = 8
 JOINT_ROUNDS = 3  # in which centroids and residual centroids are fitted to each other in turn
 
 
-@dataclass
+@dataclass(frozen=True)
 class Codebook:
     """centroids (k, v) and, where there is a residual, res_centroids (r, v): a vector is a sum of two."""
 
@@ -25,6 +27,19 @@ class Codebook:
     def v(self) -> int:
         return self.centroids.shape[1]
 
+    @cached_property
+    def _index(self) -> CentroidIndex:
+        return CentroidIndex(self.centroids)
+
+    def _nearest(self, vectors: Tensor, n: int) -> Tensor:
+        """The n nearest centroids (m, n) by the first numbers of each: as many as vectors (m, length)
+        have.
+        """
+        length = vectors.shape[1]
+        if length < self.v:
+            return nearest(vectors, self.centroids[:, :length], n)
+        return self._index.nearest(vectors, n)
+
     def encode(self, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
         """The pair of indices (m,), (m,) whose sum is nearest to each of vectors (m, length): of CANDIDATES.
 
@@ -32,11 +47,10 @@ class Codebook:
         have there carries no weight.
         """
         length = vectors.shape[1]
-        centroids = self.centroids[:, :length]
         if self.res_centroids is None:
-            return nearest(vectors, centroids, 1)[:, 0], None
-        res_centroids = self.res_centroids[:, :length]
-        candidates = nearest(vectors, centroids, min(CANDIDATES, len(centroids)))  # (m, CANDIDATES)
+            return self._nearest(vectors, 1)[:, 0], None
+        centroids, res_centroids = self.centroids[:, :length], self.res_centroids[:, :length]
+        candidates = self._nearest(vectors, min(CANDIDATES, len(centroids)))  # (m, CANDIDATES)
         left = vectors[:, None] - centroids[candidates]
         residuals = nearest(left.flatten(0, 1), res_centroids, 1).view(candidates.shape)
         errors = (left - res_centroids[residuals]).square().sum(2)
@@ -61,7 +75,7 @@ def train(vectors: Tensor, weights: Tensor, k: int, r: int, generator: torch.Gen
 
     k-means gives the centroids, k-means of what they leave the residual ones, and a few rounds fit both.
     """
-    vectors, weights = sample(vectors, weights, k, generator)
+    vectors, weights = sample(vectors, weights, generator)
     centroids = k_means(vectors, weights, k, generator)
     if not r:
         return Codebook(centroids)

@@ -23,7 +23,7 @@ FIT_STEPS = 40  # of L-BFGS, each about one product of a weight and the Hessian
 def finetune_linear(
     problem: Problem, layer: QuantizedLinear, dtype: torch.dtype, step: Callable[[str, QuantizedLinear], None]
 ) -> QuantizedLinear:
-    """The layer fitted in ROUNDS rounds, in numbers that dtype holds; what does not lower the (damped) error is
+    """The layer fitted in ROUNDS rounds, in numbers that dtype holds; what does not lower the damped error is
     not kept. step("fine-tuning", layer) is told the state at the end.
     """
     error = float(problem.objective(layer.weight()))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -68,10 +70,19 @@ def model_key(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()[:32]
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"{path}: not a whole safetensors file: {error}") from error
+
+
 class HessianStore:
     """A directory of Hessians, a safetensors file for each decoder layer.
 
-    calibration: the key of the calibration text, None to take whatever text they are from.
+    calibration: the key of the calibration text, None to take them whatever they are from.
     """
 
     def __init__(self, directory: Path, model: str, calibration: str | None) -> None:
@@ -84,19 +95,25 @@ class HessianStore:
     def has(self, n: int) -> bool:
         return self.path(n).exists()
 
+    def text(self) -> str | None:
+        """The key of the calibration text that the Hessians are from, None where there are none."""
+        for path in sorted(self.directory.glob("layer-*.safetensors")):
+            return self._metadata(path).get("calibration")
+        return None
+
+    def _metadata(self, path: Path) -> dict[str, str]:
+        with _opened(path) as file:
+            return file.metadata() or {}
+
     def load(self, n: int, shapes: dict[str, int]) -> dict[str, Tensor]:
         """Layer n's Hessians, (size, size) for each name and size of `shapes`.
 
         Raises FileError for a damaged file, OptionError for those of another model or another text.
         """
         path = self.path(n)
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                self._check(path, metadata)
-                hessians = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (SafetensorError, OSError) as error:
-            raise FileError(f"{path}: not a whole safetensors file: {error}") from error
+        self._check(path, self._metadata(path))
+        with _opened(path) as file:
+            hessians = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         found = {name: tuple(hessian.shape) for name, hessian in hessians.items()}
         expected = {name: (size, size) for name, size in shapes.items()}
         if found != expected:

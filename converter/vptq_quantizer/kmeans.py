@@ -1,10 +1,12 @@
-"""Weighted k-means over vectors, and nearest centroids: faiss on the CPU, torch on a GPU."""
+"""Weighted k-means: faiss on the CPU, torch on a GPU."""
 
 from __future__ import annotations
 
 import faiss
 import torch
 from torch import Tensor
+
+from vptq_quantizer.nearest import MANY_CENTROIDS, inverted_file, nearest
 
 ITERATIONS = 25
 # A codebook is trained on at most so many vectors, drawn at random: more cost time and move the centroids
@@ -14,12 +16,11 @@ MOST_VECTORS_PER_CENTROID = 32  # ... or so many for each centroid, if that is m
 MOST_DISTANCES = 1 << 28  # held at a time on a GPU: 1 GiB
 
 
-def sample(vectors: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """As many of the vectors (n, v) and their weights (n,) as train k centroids."""
-    most = max(MOST_VECTORS, MOST_VECTORS_PER_CENTROID * k)
-    if len(vectors) <= most:
+def sample(vectors: Tensor, weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """At most MOST_VECTORS of the vectors (n, v), and their weights (n,)."""
+    if len(vectors) <= MOST_VECTORS:
         return vectors, weights
-    chosen = torch.randperm(len(vectors), generator=generator)[:most].to(vectors.device)
+    chosen = torch.randperm(len(vectors), generator=generator)[:MOST_VECTORS].to(vectors.device)
     return vectors[chosen], weights[chosen]
 
 
@@ -36,16 +37,17 @@ def k_means(vectors: Tensor, weights: Tensor, k: int, generator: torch.Generator
     if vectors.is_cuda:
         return lloyd(vectors, weights, vectors[first].clone())
     seed = int(torch.randint(2**31 - 1, (1,), generator=generator))
-    trained = faiss.Kmeans(
-        vectors.shape[1],
-        k,
-        niter=ITERATIONS,
-        seed=seed,
-        min_points_per_centroid=1,
-        max_points_per_centroid=len(vectors),
-    )
-    trained.train(vectors.numpy(), weights=weights.numpy(), init_centroids=vectors[first].numpy())
-    return torch.from_numpy(trained.centroids)
+    clustering = faiss.Clustering(vectors.shape[1], k)
+    clustering.niter = ITERATIONS
+    clustering.seed = seed
+    clustering.min_points_per_centroid = 1  # no advice
+    clustering.max_points_per_centroid = len(vectors)  # no further sampling
+    clustering.update_index = True  # an inverted file is made anew with the centroids
+    faiss.copy_array_to_vector(vectors[first].numpy().ravel(), clustering.centroids)
+    v = vectors.shape[1]
+    index = inverted_file(k, v) if k >= MANY_CENTROIDS else faiss.IndexFlatL2(v)
+    clustering.train(vectors.numpy(), index, weights.numpy())
+    return torch.from_numpy(faiss.vector_to_array(clustering.centroids).reshape(k, v))
 
 
 def _draw(chances: object, k: int, generator: torch.Generator) -> Tensor:
@@ -79,18 +81,3 @@ def weighted_means(vectors: Tensor, weights: Tensor, code: Tensor, previous: Ten
     sums.index_add_(0, code, (vectors * weights[:, None]).double())
     means = (sums / total[:, None]).to(previous.dtype)
     return torch.where(total[:, None] > 0, means, previous)
-
-
-def nearest(vectors: Tensor, centroids: Tensor, n: int) -> Tensor:
-    """The n nearest of centroids (k, v) to each of vectors (m, v), the nearest first: (m, n)."""
-    if not vectors.is_cuda:
-        _, indices = faiss.knn(vectors.contiguous().numpy(), centroids.contiguous().numpy(), n)
-        return torch.from_numpy(indices)
-    lengths = (centroids * centroids).sum(1)
-    step = max(1, MOST_DISTANCES // len(centroids))
-    found = []
-    for start in range(0, len(vectors), step):
-        distances = torch.addmm(lengths, vectors[start : start + step], centroids.T, alpha=-2)
-        best = distances.argmin(1, keepdim=True) if n == 1 else distances.topk(n, largest=False).indices
-        found.append(best)
-    return torch.cat(found)

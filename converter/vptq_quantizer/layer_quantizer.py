@@ -44,8 +44,8 @@ class Problem:
         return cls(weight, damped, damping)
 
     def normalised(self, perm: Tensor, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Columns (in_features, out_features), a column of the weight as a row, and the damped Hessian: what the
-        problem is in normalised, permuted coordinates."""
+        """The weight's columns, as rows: (in_features, out_features), and the damped Hessian, in normalised,
+        permuted coordinates."""
         columns, hessian = self.weight.T[perm], self.damped[perm][:, perm]
         if scale is not None and shift is not None:
             s = scale[perm]

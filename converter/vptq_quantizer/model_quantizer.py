@@ -71,10 +71,12 @@ def quantize(
     elif options.end_to_end:
         raise OptionError("--end-to-end: found no --calibration, expected text to train on")
     model = model_key(checkpoint)
-    store = HessianStore(Path(hessians), model, text.key if text else None) if hessians is not None else None
-    writer = CheckpointWriter(
-        Path(out_dir), {**asdict(options), "model": model, "calibration": text.key if text else "--hessians"}
-    )
+    store = None
+    source = text.key if text else None
+    if hessians is not None:
+        source = source or HessianStore(Path(hessians), model, None).text()
+        store = HessianStore(Path(hessians), model, source)
+    writer = CheckpointWriter(Path(out_dir), {**asdict(options), "model": model, "calibration": source})
     run = _Run(dense, options, configs, _stored_dtype(checkpoint), text, store)
     pending = [n for n in wanted if not writer.has(n)]
     with _progress(len(pending) * len(LINEARS)) as show:
@@ -118,7 +120,7 @@ class _Run:
         if missing:
             if self.text is None:
                 raise OptionError(
-                    f"--calibration: found no text, and no Hessians of layer {missing[0]} (--hessians): expected either"
+                    f"--calibration: found no text, and no Hessians of layer {missing[0]}, expected either"
                 )
             hidden = self.dense.embed(self.text.windows)
         for n in range(max(pending, default=-1) + 1):
@@ -269,8 +271,8 @@ def _warn_of_rank(text: Calibration, configs: Mapping[str, LayerConfig], warn: C
     largest = max(config.in_features for config in configs.values())
     if text.windows.size < largest:
         warn(
-            f"--calibration: found {text.windows.size} tokens, expected at least {largest}, the inputs of the largest "
-            "layer: its Hessian has not full rank, and only --damping tells the directions apart that it lacks"
+            f"--calibration: found {text.windows.size} tokens, expected at least {largest}, the inputs of "
+            "the largest layer: its Hessian lacks directions, which --damping alone stands for"
         )
 
 

@@ -94,9 +94,8 @@ class QuantizedLinear:
         words = unpack(tensors["indices"].numpy(), c.group_size, c.bits)
         rows = torch.from_numpy(words.astype(np.int64))  # (g, n_blocks, group_size)
         for q in range(c.g):
-            codebook = Codebook(book("centroids.weight", c.k, c.v)[q])
-            if c.r:
-                codebook.res_centroids = book("res_centroids.weight", c.r, c.v)[q]
+            residual = book("res_centroids.weight", c.r, c.v)[q] if c.r else None
+            codebook = Codebook(book("centroids.weight", c.k, c.v)[q], residual)
             index = (rows[q] & (1 << index_bits(c.k)) - 1).T.contiguous()
             res_index = (rows[q] >> index_bits(c.k)).T.contiguous() if c.r else None
             segments.append(Segment(c.n0 + q * c.group_size, codebook, index, res_index))

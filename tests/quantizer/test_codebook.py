@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from vptq_quantizer import kmeans
 from vptq_quantizer.codebook import Codebook, train
-from vptq_quantizer.kmeans import k_means, nearest
+from vptq_quantizer.kmeans import k_means
+from vptq_quantizer.nearest import MANY_CENTROIDS, CentroidIndex, nearest
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -25,6 +26,28 @@ def test_nearest_are_the_nearest() -> None:
     vectors, centroids = random(50, 3), random(20, 3, seed=1)
     distances = torch.cdist(vectors.double(), centroids.double())
     assert torch.equal(nearest(vectors, centroids, 4), distances.argsort(1)[:, :4])
+
+
+def test_of_many_centroids_nearly_the_nearest_are_found() -> None:
+    vectors, centroids = random(300, 4), random(MANY_CENTROIDS, 4, seed=1)
+    best, found = nearest(vectors, centroids, 2), CentroidIndex(centroids).nearest(vectors, 2)
+    assert (found[:, 0] == best[:, 0]).double().mean() > 0.9
+    distances = [(vectors - centroids[indices[:, 1]]).norm(dim=1).mean() for indices in (found, best)]
+    assert distances[0] < 1.02 * distances[1]
+
+
+def test_centroids_that_are_all_alike() -> None:
+    """They lie in one list, and the others are empty."""
+    centroids = torch.ones(MANY_CENTROIDS, 2)
+    centroids[7] = -1
+    found = CentroidIndex(centroids).nearest(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), 3)
+    assert found.min() >= 0 and found[0, 0] == 7
+
+
+def test_many_centroids_are_trained() -> None:
+    vectors, weights = random(2 * MANY_CENTROIDS, 4), torch.ones(2 * MANY_CENTROIDS)
+    codebook = train(vectors, weights, MANY_CENTROIDS, 0, generator())
+    assert error(vectors, weights, codebook) < 0.05
 
 
 def test_clusters_are_found() -> None:
@@ -107,10 +130,9 @@ def test_a_short_vector_is_compared_by_what_it_has() -> None:
 def test_many_vectors_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kmeans, "MOST_VECTORS", 100)
     vectors, weights = random(500, 2), torch.ones(500)
-    chosen, _ = kmeans.sample(vectors, weights, 2, generator())
+    chosen, _ = kmeans.sample(vectors, weights, generator())
     assert chosen.shape == (100, 2)
     assert len({tuple(row) for row in chosen.tolist()}) == 100
-    assert kmeans.sample(vectors, weights, 20, generator())[0].shape == (500, 2)  # 32 for each centroid
 
 
 def test_the_gpus_k_means_is_as_good(monkeypatch: pytest.MonkeyPatch) -> None:

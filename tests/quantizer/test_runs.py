@@ -253,3 +253,13 @@ def test_a_run_that_was_stopped_while_training_end_to_end(
     monkeypatch.setattr(model_quantizer, "quantize_linear", no_more_work)
     quantize(model, tmp_path / "out", options, calibration=[text])
     assert_same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_hessians_of_two_texts_are_not_mixed(model: Path, text: Path, tmp_path: Path) -> None:
+    """Without text, all have to be from the same one."""
+    other = write_text(tmp_path / "other.txt", 2000)
+    quantize(model, tmp_path / "a", SMALL, calibration=[text], hessians=tmp_path / "h", layers=(0, 0))
+    quantize(model, tmp_path / "b", SMALL, calibration=[other], hessians=tmp_path / "g", layers=(1, 1))
+    shutil.copy(tmp_path / "g/layer-00001.safetensors", tmp_path / "h")
+    with pytest.raises(OptionError, match=r"layer-00001.*: found the Hessians of another calibration"):
+        quantize(model, tmp_path / "c", SMALL, hessians=tmp_path / "h")
