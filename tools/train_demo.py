@@ -264,6 +264,9 @@ def train(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     training, held_out = standard_library_files()
+    # For whoever quantises the model, and measures what that costs.
+    for name, texts in (("training.txt", training), ("held_out.txt", held_out)):
+        (args.out / name).write_text("".join(text + END_OF_TEXT for text in texts), encoding="utf-8")
     tokenizer = train_tokenizer(training, args.vocab_size)
     stream = encode_with_cut_spaces(tokenizer, training, np.random.default_rng(args.seed))
     held_out_stream = encode(tokenizer, held_out)
