@@ -13,6 +13,7 @@ from vptq_quantizer.nearest import CentroidIndex, nearest
 
 # With a residual, so many of a vector's nearest centroids are tried, each with its best residual centroid.
 CANDIDATES = 8
+CHUNK = 1 << 16  # vectors encoded at a time: bounds the memory of what is left of them, some 100 MB
 JOINT_ROUNDS = 3  # in which centroids and residual centroids are fitted to each other in turn
 
 
@@ -46,6 +47,11 @@ class Codebook:
         length may be less than v: the last vectors of a matrix may reach past its last row, and what they
         have there carries no weight.
         """
+        chunks = [self._encode(chunk) for chunk in torch.split(vectors, CHUNK)]
+        residuals = [res_index for _, res_index in chunks if res_index is not None]
+        return torch.cat([index for index, _ in chunks]), torch.cat(residuals) if residuals else None
+
+    def _encode(self, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
         length = vectors.shape[1]
         if self.res_centroids is None:
             return self._nearest(vectors, 1)[:, 0], None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -51,8 +50,7 @@ class DenseModel:
         self.model: Model = read_model(checkpoint)
         self.n_layers = self.model.hyperparameters.n_layer
         self.n_vocab = self.model.hyperparameters.n_vocab
-        # transformers' own code, without weights: what each layer is called with (masks, positions) is its
-        # affair.
+        # transformers' code without weights: what layers are called with (masks, positions) is its affair.
         self.causal_class: Any = getattr(transformers, checkpoint.config.values["architectures"][0])
         try:
             self.config = self.causal_class.config_class.from_dict(dict(checkpoint.config.values))
@@ -112,17 +110,12 @@ class DenseModel:
         whole: nn.Module = model.eval().requires_grad_(False)
         return whole
 
-    def advance(self, n: int, layer: nn.Module, hidden: Tensor) -> Iterator[int]:
-        """Runs decoder layer n over hidden states (n_windows, seq_len, n_embd), in place; yields windows
-        done.
-        """
+    def advance(self, n: int, layer: nn.Module, hidden: Tensor) -> None:
+        """Runs decoder layer n over hidden states (n_windows, seq_len, n_embd), in place."""
         arguments = self._arguments(n, hidden[:1].to(self.device))
-        step = max(1, BATCH_TOKENS // hidden.shape[1])
-        for start in range(0, len(hidden), step):
-            batch = hidden[start : start + step]
+        for batch in torch.split(hidden, max(1, BATCH_TOKENS // hidden.shape[1])):
             with torch.inference_mode():
                 batch.copy_(layer(batch.to(self.device), **arguments))
-            yield len(batch)
 
     @torch.inference_mode()
     def _arguments(self, n: int, window: Tensor) -> dict[str, Any]:

@@ -31,13 +31,11 @@ HESSIAN_OF = {
 SAMPLED_NUMBERS = 1 << 14  # of each tensor's start go into a model's key: enough to tell two models apart
 
 
-def collect(
-    dense: DenseModel, n: int, layer: nn.Module, hidden: Tensor, advance: Callable[[int], object]
-) -> dict[str, Tensor]:
+def collect(dense: DenseModel, n: int, layer: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
     """Runs decoder layer n over hidden states (in place) and returns its Hessians by HESSIAN_OF's names.
 
-    A Hessian is (in_features, in_features): 2 X X^T of the inputs X (in_features, n_tokens), divided by
-    n_tokens. advance(windows) is called as it goes on.
+    A Hessian is (in_features, in_features): 2 X X^T / n_tokens of the inputs X (in_features, n_tokens).
+    Raises OptionError where inputs overflow.
     """
     modules = linears(layer)
     sums = {
@@ -53,11 +51,13 @@ def collect(
         return hook
 
     hooks = [modules[name].register_forward_pre_hook(watch(name)) for name in sums]
-    for n_windows in dense.advance(n, layer, hidden):
-        advance(n_windows)
+    dense.advance(n, layer, hidden)
     for handle in hooks:
         handle.remove()
     n_tokens = hidden.shape[0] * hidden.shape[1]
+    for name, total in sums.items():
+        if not total.isfinite().all():
+            raise OptionError(f"decoder layer {n}, {name}: found inputs that overflow float32")
     return {name: total.div_(n_tokens) for name, total in sums.items()}
 
 

@@ -32,8 +32,7 @@ def k_means(vectors: Tensor, weights: Tensor, k: int, generator: torch.Generator
     """
     weights = weights / weights.mean().clamp_min(torch.finfo(torch.float32).tiny)
     # A vector of no weight is drawn when the others are used up: with few vectors, or dead inputs.
-    chances = (weights.double() + 1e-12).cpu().numpy()
-    first = _draw(chances, k, generator).to(vectors.device)
+    first = _draw(weights.double().cpu() + 1e-12, k, generator).to(vectors.device)
     if vectors.is_cuda:
         return lloyd(vectors, weights, vectors[first].clone())
     seed = int(torch.randint(2**31 - 1, (1,), generator=generator))
@@ -50,10 +49,9 @@ def k_means(vectors: Tensor, weights: Tensor, k: int, generator: torch.Generator
     return torch.from_numpy(faiss.vector_to_array(clustering.centroids).reshape(k, v))
 
 
-def _draw(chances: object, k: int, generator: torch.Generator) -> Tensor:
+def _draw(chances: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """k different numbers, each with probability in proportion to its chance (the exponential race)."""
-    chance = torch.as_tensor(chances)
-    times = torch.empty_like(chance).exponential_(generator=generator) / chance
+    times = torch.empty_like(chances).exponential_(generator=generator) / chances
     return times.topk(k, largest=False).indices
 
 
@@ -62,8 +60,7 @@ def lloyd(vectors: Tensor, weights: Tensor, centroids: Tensor) -> Tensor:
     for _ in range(ITERATIONS):
         code = nearest(vectors, centroids, 1)[:, 0]
         total = torch.bincount(code, weights, len(centroids))
-        # An empty centroid goes beside the centroid of the greatest weight: the next round divides its
-        # vectors.
+        # An empty centroid goes beside one of the greatest weight: the next round divides its vectors.
         empty = (total == 0).nonzero()[:, 0]
         centroids = weighted_means(vectors, weights, code, centroids)
         heaviest = total.topk(len(empty)).indices
@@ -72,9 +69,7 @@ def lloyd(vectors: Tensor, weights: Tensor, centroids: Tensor) -> Tensor:
 
 
 def weighted_means(vectors: Tensor, weights: Tensor, code: Tensor, previous: Tensor) -> Tensor:
-    """The weighted mean (k, v) of the vectors (n, v) of each code (n,); previous (k, v) where there are
-    none.
-    """
+    """The weighted mean (k, v) of the vectors (n, v) of each code (n,); previous (k, v) where it has none."""
     total = torch.zeros(len(previous), device=weights.device, dtype=torch.float64)
     total.index_add_(0, code, weights.double())
     sums = torch.zeros_like(previous, dtype=torch.float64)

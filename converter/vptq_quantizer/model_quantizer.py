@@ -109,63 +109,50 @@ class _Run:
     store: HessianStore | None
 
     def parts(self, pending: Sequence[int], show: Show) -> Iterator[tuple[int, Part]]:
-        """Quantises the decoder layers `pending`, one in memory at a time.
+        """Quantises the decoder layers `pending` (numbers that rise), one in memory at a time."""
+        begin = time.monotonic()
+        for n, layer, hessians in self._layers(pending, show):
+            yield n, self._part(n, layer, hessians, begin, show)
+            begin = time.monotonic()
+
+    def _layers(
+        self, pending: Sequence[int], show: Show
+    ) -> Iterator[tuple[int, nn.Module, dict[str, Tensor]]]:
+        """The decoder layers `pending`, dense, with their Hessians.
 
         The text goes through the dense model up to the last layer whose Hessians are not on disk. Inputs are
         the dense model's, not those that the quantised layers before would give: so Hessians serve every set
         of options, and layers can be done in any order, by several machines.
         """
         missing = [n for n in pending if not (self.store and self.store.has(n))]
-        hidden = None
-        if missing:
-            if self.text is None:
-                raise OptionError(
-                    f"--calibration: found no text, and no Hessians of layer {missing[0]}, expected either"
-                )
-            hidden = self.dense.embed(self.text.windows)
+        if missing and self.text is None:
+            raise OptionError(
+                f"--calibration: found no text, and no Hessians of layer {missing[0]}, expected either"
+            )
+        hidden = self.dense.embed(self.text.windows) if self.text and missing else torch.empty(0)
         for n in range(max(pending, default=-1) + 1):
-            if n not in pending and n > max(missing, default=-1):
+            runs = n <= max(missing, default=-1)
+            if not runs and n not in pending:
                 continue
             layer = self.dense.load_layer(n)
-            begin = time.monotonic()
-            hessians = self._hessians(
-                n, layer, hidden if n <= max(missing, default=-1) else None, n in pending, show
-            )
-            if n in pending:
-                yield n, self._part(n, layer, hessians, time.monotonic() - begin, show)
-
-    def _hessians(
-        self, n: int, layer: nn.Module, hidden: Tensor | None, needed: bool, show: Show
-    ) -> dict[str, Tensor]:
-        """Layer n's Hessians, if needed; moves the hidden states on to the next layer if there are any."""
-        stored_here = self.store is not None and self.store.has(n)
-        if hidden is not None:
-            done = 0
-
-            def advance(windows: int) -> None:
-                nonlocal done
-                done += windows
-                show(f"layer {n}: calibration, {done} of {len(hidden)} windows", 0)
-
-            if needed and not stored_here:
-                hessians = collect(self.dense, n, layer, hidden, advance)
-                for name, hessian in hessians.items():
-                    if not hessian.isfinite().all():
-                        raise OptionError(f"layer {n}, {name}: found inputs that overflow float32")
+            hessians = {}
+            show(f"layer {n}: calibration", 0)
+            if n in missing:
+                hessians = collect(self.dense, n, layer, hidden)
                 if self.store:
                     self.store.save(n, hessians)
-                return hessians
-            for windows in self.dense.advance(n, layer, hidden):
-                advance(windows)
-        if needed and self.store is not None:
-            sizes = {name: self.configs[name].in_features for name in HESSIAN_OF.values()}
-            return self.store.load(n, sizes)
-        return {}
+            elif runs:
+                self.dense.advance(n, layer, hidden)
+            if n in pending and self.store and n not in missing:
+                sizes = {name: self.configs[name].in_features for name in HESSIAN_OF.values()}
+                hessians = self.store.load(n, sizes)
+            if n in pending:
+                yield n, layer, hessians
 
     def _part(
-        self, n: int, layer: nn.Module, hessians: Mapping[str, Tensor], seconds: float, show: Show
+        self, n: int, layer: nn.Module, hessians: Mapping[str, Tensor], begin: float, show: Show
     ) -> Part:
-        begin = time.monotonic() - seconds
+        """Decoder layer n, quantised; begin: when work on it began."""
         modules = linears(layer)
         tensors = {
             name: stored(self.dense.checkpoint.tensor(name), self.dtype)
@@ -193,6 +180,7 @@ class _Run:
     def _quantize(
         self, problem: Problem, config: LayerConfig, seed: int, show: Callable[[str], object]
     ) -> tuple[QuantizedLinear, dict[str, Any]]:
+        """One linear layer, and what to report: the proxy error and the seconds of each step."""
         errors: dict[str, float] = {}
         seconds: dict[str, float] = {}
         begin = time.monotonic()

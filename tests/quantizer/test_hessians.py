@@ -40,7 +40,7 @@ def test_layers_and_hessians_are_transformers(
     hidden = dense.embed(windows)
     torch.testing.assert_close(hidden, states[0])
     for n in range(dense.n_layers):
-        hessians = collect(dense, n, dense.load_layer(n), hidden, lambda windows: None)
+        hessians = collect(dense, n, dense.load_layer(n), hidden)
         for path, of in HESSIAN_OF.items():
             x = inputs[f"{n}.{path}"].flatten(0, 1).double()
             expected = 2 * x.T @ x / len(x)
