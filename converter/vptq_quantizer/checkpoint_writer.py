@@ -72,36 +72,28 @@ class CheckpointWriter:
             )
         write_json(path, dict(run))
 
-    def path(self, n: int, tuned: bool = False) -> Path:
+    def path(self, n: int, tuned: bool) -> Path:
         return self.parts / f"{'tuned' if tuned else 'layer'}-{n:05}.safetensors"
 
     def has(self, n: int, tuned: bool = False) -> bool:
+        """Whether decoder layer n is there (tuned: after end-to-end fine-tuning)."""
         return self.path(n, tuned).exists()
 
     def write(self, n: int, part: Part, tuned: bool = False) -> None:
-        """Decoder layer n (tuned: after end-to-end fine-tuning); raises FileError, and others are
-        untouched.
-        """
+        """Raises FileError when it cannot be written; all others are untouched."""
         write_tensors(self.path(n, tuned), part.tensors, {"report": json.dumps(part.report)})
 
-    def report(self, n: int) -> dict[str, Any]:
-        return self._read(n, False, with_tensors=False).report
-
-    def read(self, n: int) -> Part:
-        """Decoder layer n before end-to-end fine-tuning; raises FileError for a damaged file."""
-        return self._read(n, False, with_tensors=True)
-
-    def _read(self, n: int, tuned: bool, with_tensors: bool) -> Part:
+    def read(self, n: int, tuned: bool = False, with_tensors: bool = True) -> Part:
+        """Raises FileError for a damaged file; without tensors, only the report is read."""
         path = self.path(n, tuned)
         try:
             with safe_open(path, "pt") as file:
                 names = list(file.keys()) if with_tensors else []
-                return Part(
-                    {name: file.get_tensor(name) for name in names}, json.loads(file.metadata()["report"])
-                )
+                tensors = {name: file.get_tensor(name) for name in names}
+                return Part(tensors, json.loads(file.metadata()["report"]))
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise FileError(
-                f"{path}: not a whole part of a checkpoint: {error}; delete it to make it again"
+                f"{path}: not a whole part of a checkpoint: {error}; delete it to have it made again"
             ) from error
 
     def finish(
@@ -117,9 +109,9 @@ class CheckpointWriter:
             for weight in dense.model.weights
             if not weight.name.startswith("blk.") and isinstance(weight.weight, StoredTensor)
         }
-        tuned = all(self.has(n, tuned=True) for n in range(dense.n_layers))
+        tuned = self.has(dense.n_layers, tuned=True)  # the last that is written
         if tuned:
-            rest |= self._read(dense.n_layers, True, with_tensors=True).tensors
+            rest |= self.read(dense.n_layers, tuned=True).tensors
         write_tensors(self.out_dir / names[0], rest, {})
         weight_map = dict.fromkeys(rest, names[0])
         total = sum(tensor.nbytes for tensor in rest.values())

@@ -83,7 +83,8 @@ def quantize(
         for n, part in run.parts(pending, show):
             writer.write(n, part)
 
-    reports = [writer.report(n) for n in range(dense.n_layers) if writer.has(n)]
+    done = [n for n in range(dense.n_layers) if writer.has(n)]
+    reports = [writer.read(n, with_tensors=False).report for n in done]
     finished = len(reports) == dense.n_layers
     report: dict[str, Any] = {
         "model": checkpoint.name,
@@ -207,9 +208,13 @@ class _Run:
         }
 
     def tune(self, writer: CheckpointWriter, text: Calibration) -> dict[str, Any]:
-        """Trains the whole model end to end, once all layers are there; what it gives stands beside the
-        parts.
+        """Trains the whole model, once all layers are there; what that gives stands beside the parts.
+
+        Under the number n_layers that is the rest of the model's. What is there already is not trained again.
         """
+        last = self.dense.n_layers  # the last that is written
+        if writer.has(last, tuned=True):
+            return writer.read(last, tuned=True, with_tensors=False).report
         parts = {n: writer.read(n) for n in range(self.dense.n_layers)}
         with _progress(self.options.end_to_end) as show:
             tuned, report = tune(self.dense, self.configs, parts, self.options, self.dtype, text, show)

@@ -263,3 +263,23 @@ def test_hessians_of_two_texts_are_not_mixed(model: Path, text: Path, tmp_path: 
     shutil.copy(tmp_path / "g/layer-00001.safetensors", tmp_path / "h")
     with pytest.raises(OptionError, match=r"layer-00001.*: found the Hessians of another calibration"):
         quantize(model, tmp_path / "c", SMALL, hessians=tmp_path / "h")
+
+
+def test_training_that_is_there_is_not_done_again(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full when the checkpoint is put together: its training is on disk by then."""
+    options = replace(OPTIONS, end_to_end=3)
+    report = quantize(model, tmp_path / "whole", options, calibration=[text])
+
+    def full(*_: Any) -> Any:
+        raise FileError("out: cannot be written: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer, "_link", full)
+        with pytest.raises(FileError, match="No space left"):
+            quantize(model, tmp_path / "out", options, calibration=[text])
+    monkeypatch.setattr(model_quantizer, "tune", no_more_work)
+    again = quantize(model, tmp_path / "out", options, calibration=[text])
+    assert again["end_to_end"] == report["end_to_end"]
+    assert_same(tmp_path / "out", tmp_path / "whole")
