@@ -20,9 +20,7 @@ from vptq_runtime.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text as tokens: `stream` (n,) all of it, `windows` (n_windows, seq_len) what the Hessians are made
-    of.
-    """
+    """Text as tokens: `stream` (n,) all of it, `windows` (n_windows, seq_len) for the Hessians."""
 
     stream: NDArray[np.int64]
     windows: NDArray[np.int64]

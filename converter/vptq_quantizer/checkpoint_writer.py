@@ -1,6 +1,4 @@
-"""OUT_DIR: a finished decoder layer is a file in OUT_DIR/.parts; when all are there they become the
-checkpoint.
-"""
+"""OUT_DIR: finished decoder layers as files in .parts; when all are there, they become the checkpoint."""
 
 from __future__ import annotations
 
@@ -99,9 +97,7 @@ class CheckpointWriter:
     def finish(
         self, dense: DenseModel, dtype: torch.dtype, entries: dict[str, Any], report: Mapping[str, Any]
     ) -> None:
-        """The checkpoint in OUT_DIR: a shard for each decoder layer and one for the rest; config.json
-        comes last.
-        """
+        """The checkpoint: a shard for each decoder layer, one for the rest; config.json comes last."""
         n_shards = dense.n_layers + 1
         names = [f"model-{n + 1:05}-of-{n_shards:05}.safetensors" for n in range(n_shards)]
         rest = {
@@ -143,9 +139,7 @@ class CheckpointWriter:
 
 
 def stored(tensor: StoredTensor, dtype: torch.dtype) -> Tensor:
-    """A dense tensor of the checkpoint in the type that the new one has; raises FileError for what it
-    cannot hold.
-    """
+    """A dense tensor in the type that the new checkpoint has; raises FileError where it does not fit."""
     values = torch.from_numpy(tensor.finite()).to(dtype)
     tensor.release()
     if not values.isfinite().all():

@@ -33,9 +33,7 @@ class Codebook:
         return CentroidIndex(self.centroids)
 
     def _nearest(self, vectors: Tensor, n: int) -> Tensor:
-        """The n nearest centroids (m, n) by the first numbers of each: as many as vectors (m, length)
-        have.
-        """
+        """The n nearest centroids (m, n) of vectors (m, length), by as many numbers as those have."""
         length = vectors.shape[1]
         if length < self.v:
             return nearest(vectors, self.centroids[:, :length], n)

@@ -35,9 +35,7 @@ class Problem:
 
     @classmethod
     def of(cls, weight: Tensor, hessian: Tensor, relative_damping: float) -> Problem:
-        """damping is relative_damping times the mean diagonal, and something where that is 0: no input
-        ever.
-        """
+        """damping: relative_damping times the mean diagonal; 1 where that is 0, without any input."""
         damping = relative_damping * float(hessian.diagonal().mean()) or 1.0
         damped = hessian.clone()
         damped.diagonal().add_(damping)
@@ -115,9 +113,7 @@ def quantize_linear(
 def _train_codebook(
     columns: Tensor, column_weights: Tensor, v: int, k: int, r: int, generator: torch.Generator
 ) -> Codebook:
-    """Of the columns (width, out_features), cut into vectors; the rest of a column that fills none trains
-    nothing.
-    """
+    """Of columns (width, out_features), cut into vectors; a rest that fills none trains nothing."""
     width, out_features = columns.shape
     n_blocks = out_features // v
     vectors = columns[:, : n_blocks * v].reshape(width * n_blocks, v)

@@ -1,6 +1,4 @@
-"""The way from a dense checkpoint to a VPTQ one: decoder layer by decoder layer, each kept as soon as it
-is done.
-"""
+"""From a dense checkpoint to a VPTQ one, decoder layer by decoder layer, each kept once it is done."""
 
 from __future__ import annotations
 
@@ -9,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,9 @@ def quantize(
     """
     checkpoint = Checkpoint(model_dir)
     dense = DenseModel(checkpoint, _device(device))
-    configs = {name: options.layer_config(name, *shape) for name, shape in dense.linear_shapes().items()}
+    # The smallest first: an error about a size names one that suits all.
+    shapes = sorted(dense.linear_shapes().items(), key=lambda item: prod(item[1]))
+    configs = {name: options.layer_config(name, *shape) for name, shape in shapes}
     wanted = _range(layers, dense.n_layers)
     text = None
     if calibration:
@@ -254,9 +255,7 @@ def _range(layers: tuple[int, int] | None, n_layers: int) -> range:
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """bfloat16 where the dense model has that, else float16: one type for all, as the model's config says
-    one.
-    """
+    """bfloat16 where the dense model has that, else float16: the model's config names one for all."""
     return torch.bfloat16 if checkpoint.tensor("model.embed_tokens.weight").dtype == "BF16" else torch.float16
 
 

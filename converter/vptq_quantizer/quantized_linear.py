@@ -35,9 +35,7 @@ class Segment:
         return cls(start, codebook, index, res_index)
 
     def encode_column(self, j: int, column: Tensor) -> Tensor:
-        """Chooses the indices of column j (of the layer) for values (out_features,); returns what they
-        stand for.
-        """
+        """Chooses column j's indices (of the layer's) for values (out_features,); returns what they mean."""
         index, res_index = _encode(self.codebook, column[None])
         self.index[j - self.start] = index[0]
         if self.res_index is not None and res_index is not None:
@@ -51,9 +49,7 @@ class Segment:
 
 
 def _encode(codebook: Codebook, columns: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Indices (width, n_blocks) of columns (width, out_features); a last vector may be shorter than the
-    others.
-    """
+    """Indices (width, n_blocks) of columns (width, out_features); a last vector may be shorter."""
     width, out_features = columns.shape
     n_whole = out_features // codebook.v
     whole = columns[:, : n_whole * codebook.v].reshape(width * n_whole, codebook.v)
@@ -117,9 +113,7 @@ class QuantizedLinear:
         return weight.T
 
     def parameters_by_name(self) -> dict[str, Tensor]:
-        """Everything but the indices: codebooks by segment, scale, shift; as the layer holds them, not
-        copies.
-        """
+        """All but the indices: codebooks by segment, scale, shift; not copies."""
         found: dict[str, Tensor] = {}
         for n, segment in enumerate(self.segments):
             found[f"{n}.centroids"] = segment.codebook.centroids
@@ -157,17 +151,13 @@ class QuantizedLinear:
         return replace(self, segments=copies)
 
     def encode_column(self, j: int, column: Tensor) -> Tensor:
-        """Chooses the indices of permuted column j for values (out_features,); returns what they stand
-        for.
-        """
+        """Chooses permuted column j's indices for values (out_features,); returns what they mean."""
         c = self.config
         place = 0 if j < c.n0 else (j - c.n0) // c.group_size + (c.n0 > 0)
         return self.segments[place].encode_column(j, column)
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The checkpoint's tensors by their names under the module path (docs/file-format.md has the
-        shapes).
-        """
+        """The checkpoint's tensors by their names under the module path: docs/file-format.md."""
         c = self.config
         groups = self.segments[1:] if c.n0 else self.segments
         rows = torch.stack([segment.index.T for segment in groups]).cpu()  # (g, n_blocks, group_size)

@@ -41,9 +41,7 @@ def _mean_error(linears: Sequence[dict[str, Any]], step: str) -> float:
 
 
 def table(layers: Sequence[LayerReport]) -> Table:
-    """A row for each decoder layer: proxy errors are the mean over its linear layers of tr(D H D^T) / tr(W
-    H W^T).
-    """
+    """A row for each decoder layer. Proxy errors are tr(D H D^T) / tr(W H W^T), the mean over its linears."""
     result = Table(title="Relative proxy error (mean over the linear layers) and bits per weight")
     result.add_column("layer", justify="right")
     names = steps(layers)
@@ -63,9 +61,7 @@ def table(layers: Sequence[LayerReport]) -> Table:
 
 
 def plot(layers: Sequence[LayerReport], target: Path) -> None:
-    """The proxy error of every linear layer after each step, a panel for each kind; the ending says the
-    format.
-    """
+    """The proxy error of every linear layer after each step, a panel for each kind."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
