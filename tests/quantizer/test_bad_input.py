@@ -94,7 +94,7 @@ def test_vectors_longer_than_a_column(model: Path, text: Path) -> None:
 
 
 def test_groups_that_do_not_divide(model: Path, text: Path) -> None:
-    match = r"q_proj: 100 input columns, 0 of them outliers: found --groups 3, expected a divisor of the rest"
+    match = r"k_proj: 100 input columns, 0 of them outliers: found --groups 3, expected a divisor of the rest"
     refuse(model, text, OptionError, match, groups=3)
 
 
