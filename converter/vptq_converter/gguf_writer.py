@@ -30,6 +30,9 @@ from vptq_converter.checkpoint import Tensor
 from vptq_runtime.errors import FileError, OptionError
 
 ALIGNMENT = 64  # bytes: a mapped tensor begins on a cache line
+# Of a file for llama.cpp: the format's default. llama-quantize pads by it whatever a file says, so that
+# what it makes of one with another alignment cannot be read.
+PLAIN_ALIGNMENT = 32
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,258 @@
+"""The models that tools/compare_quality.py compares: how each is made, measured, and its bits are counted."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vptq_converter import convert
+from vptq_converter.facts import read_facts
+from vptq_quantizer import QuantizeOptions, quantize
+
+from vptq_runtime import Runtime
+from vptq_runtime.errors import OptionError, VPTQError
+from vptq_runtime.perplexity import compare
+
+DENSE = "dense"
+LLAMACPP = "llama.cpp"  # in place of a step
+# What is done to a configuration, each step with all those before it, and what that is in options.
+STEPS: dict[str, dict[str, Any]] = {
+    "k-means": {"hessian_weights": False, "second_order": False},
+    "Hessian-weighted k-means": {"second_order": False},
+    "second order": {},
+    "fine-tuning": {"finetune": True},
+    "end to end": {"finetune": True},  # and end_to_end, as many steps as were asked for
+}
+LLAMACPP_TYPES = ("IQ2_XXS", "Q2_K", "Q3_K_M", "Q4_K_M")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model on the held-out windows; errors are standard errors over tokens, as llama-perplexity's.
+
+    bits: for each weight of the blocks' linear layers, all that is stored for it: codebooks, norms and
+    permutations of ours, scales of llama.cpp's, whose types are mixtures.
+    kl_divergence: from the dense model, mean in nats a token.
+    proxy_error: of the last layer-wise step, mean over the linear layers; None where there is none.
+    """
+
+    name: str
+    step: str
+    bits: float
+    index_bits: float | None
+    file_bytes: int
+    perplexity: float
+    perplexity_error: float
+    kl_divergence: float
+    kl_divergence_error: float
+    top_token_agreement: float
+    proxy_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all models have in common. Files are made in `directory`, and those that are there are used."""
+
+    dense: Path  # a checkpoint's directory
+    directory: Path
+    calibration: Path
+    held_out: Path
+    n_ctx: int
+    n_windows: int
+    n_threads: int
+    samples: int  # windows of calibration text for the Hessians
+    end_to_end: int  # steps
+
+    def dense_file(self) -> Path:
+        """The dense model as this runtime runs it."""
+        path = self.directory / "dense.gguf"
+        if not path.exists():
+            convert(self.dense, path)
+        return path
+
+    def plain_file(self) -> Path:
+        """The dense model as llama.cpp runs it, in float16."""
+        path = self.directory / "dense-f16.gguf"
+        if not path.exists():
+            convert(self.dense, path, dequantize="f16")
+        return path
+
+    def runtime(self, path: Path) -> Runtime:
+        return Runtime(path, n_ctx=self.n_ctx, n_threads=self.n_threads, device="cpu")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """vV-kK-R, and -oP for P percent of outlier columns (in vectors of 2, 64 centroids), -n for no norm."""
+
+    name: str
+    options: QuantizeOptions
+
+    @classmethod
+    def parse(cls, name: str) -> Configuration:
+        match = re.fullmatch(r"v(\d+)-k(\d+)-(\d+)(?:-o(\d+(?:\.\d+)?))?(-n)?", name, re.ASCII)
+        if not match:
+            raise OptionError(
+                f"--quants: found {name!r}, expected vV-kK-R, vV-kK-R-oPERCENT, or these and -n"
+            )
+        v, k, r = (int(number) for number in match.groups()[:3])
+        options = QuantizeOptions(
+            vector_len=v,
+            centroids=k,
+            res_centroids=r,
+            outliers=float(match[4] or 0),
+            outlier_vector_len=2,
+            outlier_centroids=64,
+            normalize=not match[5],
+        )
+        return cls(name, options)
+
+
+def checkpoint_directory(setting: Setting, configuration: Configuration, step: str) -> Path:
+    return setting.directory / f"{configuration.name}, {step}"
+
+
+def measured_vptq(setting: Setting, configuration: Configuration, step: str) -> Measured:
+    """Quantises, converts and measures."""
+    options = replace(
+        configuration.options,
+        **STEPS[step],
+        end_to_end=setting.end_to_end if step == "end to end" else 0,
+        samples=setting.samples,
+        seq_len=setting.n_ctx,
+    )
+    checkpoint = checkpoint_directory(setting, configuration, step)
+    report = quantize(
+        setting.dense,
+        checkpoint,
+        options,
+        calibration=[setting.calibration],
+        hessians=setting.directory / "hessians",
+    )
+    file = checkpoint.with_name(f"{checkpoint.name}.gguf")
+    convert(checkpoint, file)
+    proxy_error = report["proxy_error"][list(report["proxy_error"])[-1]]
+    return replace(
+        measured_here(setting, file, configuration.name, step),
+        bits=report["bits_per_weight"],  # the file is padded
+        index_bits=report["index_bits_per_weight"],
+        proxy_error=proxy_error,
+    )
+
+
+def measured_here(setting: Setting, file: Path, name: str, step: str) -> Measured:
+    """A GGUF file of vptq-convert, by this runtime."""
+    with setting.runtime(file) as runtime, setting.runtime(setting.dense_file()) as dense:
+        tokens = runtime.tokenize(setting.held_out.read_text(encoding="utf-8"))
+        found = compare(
+            runtime,
+            dense,
+            tokens,
+            method="llama.cpp",
+            n_ctx=setting.n_ctx,
+            max_windows=setting.n_windows,
+        )
+    perplexity, kl = found.model.perplexity, found.mean_kl_divergence
+    return Measured(
+        name=name,
+        step=step,
+        bits=bits_of_blocks(file),
+        index_bits=None,
+        file_bytes=file.stat().st_size,
+        perplexity=perplexity.value,
+        perplexity_error=perplexity.standard_error or 0.0,
+        kl_divergence=kl.value,
+        kl_divergence_error=kl.standard_error or 0.0,
+        top_token_agreement=found.top_token_agreement.value,
+    )
+
+
+def bits_of_blocks(file: Path) -> float:
+    """Bits per weight of the blocks' linear layers in a GGUF file."""
+    linears = [linear for linear in read_facts(file).linears if linear.name.startswith("blk.")]
+    return 8 * sum(linear.nbytes for linear in linears) / sum(linear.n_weights for linear in linears)
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """The programs llama-imatrix, llama-quantize and llama-perplexity of a build of llama.cpp."""
+
+    programs: Path
+    setting: Setting
+
+    def measured(self, type_name: str) -> Measured:
+        """The dense model in one of llama.cpp's types (`dense`: in float16), embedding and output float16."""
+        file = self.setting.plain_file()
+        if type_name != DENSE:
+            file = self._quantized(type_name)
+        base = self._base()
+        output = self._perplexity(file, "--kl-divergence-base", str(base), "--kl-divergence")
+        perplexity, perplexity_error = _figures(output, r"Mean PPL\(Q\)")
+        kl, kl_error = _figures(output, r"Mean +KLD")
+        agreement, _ = _figures(output, r"Same top p")
+        return Measured(
+            name=type_name,
+            step=LLAMACPP,
+            bits=bits_of_blocks(file),
+            index_bits=None,
+            file_bytes=file.stat().st_size,
+            perplexity=perplexity,
+            perplexity_error=perplexity_error,
+            kl_divergence=kl,
+            kl_divergence_error=kl_error,
+            top_token_agreement=agreement / 100,
+        )
+
+    def _quantized(self, type_name: str) -> Path:
+        file = self.setting.directory / f"{type_name}.gguf"
+        if file.exists():
+            return file
+        importance = self.setting.directory / "imatrix.gguf"
+        plain = str(self.setting.plain_file())
+        n_ctx, n_threads = str(self.setting.n_ctx), str(self.setting.n_threads)
+        if not importance.exists():
+            text = str(self.setting.calibration)
+            sizes = ["-c", n_ctx, "-t", n_threads, "--no-ppl"]
+            self._run("llama-imatrix", "-m", plain, "-f", text, "-o", str(importance), *sizes)
+        kept = ["--token-embedding-type", "f16", "--output-tensor-type", "f16"]
+        self._run(
+            "llama-quantize", "--imatrix", str(importance), *kept, plain, str(file), type_name, n_threads
+        )
+        return file
+
+    def _base(self) -> Path:
+        """The dense model's predictions, in 16 bits."""
+        file = self.setting.directory / "predictions.bin"
+        if not file.exists():
+            self._perplexity(self.setting.plain_file(), "--kl-divergence-base", str(file))
+        return file
+
+    def _perplexity(self, file: Path, *more: str) -> str:
+        setting = self.setting
+        sizes = ["-c", str(setting.n_ctx), "--chunks", str(setting.n_windows), "-t", str(setting.n_threads)]
+        return self._run("llama-perplexity", "-m", str(file), "-f", str(setting.held_out), *sizes, *more)
+
+    def _run(self, program: str, *arguments: str) -> str:
+        """What it prints. Raises VPTQError where it cannot be run, or fails."""
+        command = [str(self.programs / program), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        except OSError as error:
+            raise VPTQError(f"--llamacpp: {command[0]}: cannot be run: {error.strerror}") from error
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or [""])[-1]
+            raise VPTQError(f"{shlex.join(command)}: ended with status {done.returncode}: {last}")
+        return done.stdout + done.stderr
+
+
+def _figures(output: str, name: str) -> Sequence[float]:
+    """A value and its standard error from what llama-perplexity prints."""
+    match = re.search(rf"^{name} *: *(-?[\d.]+) *± *([\d.]+)", output, re.MULTILINE)
+    if not match:
+        raise VPTQError(f"llama-perplexity: found no line {name!r} in what it prints")
+    return float(match[1]), float(match[2])
