@@ -42,6 +42,7 @@ from quality_models import (
 
 from vptq_runtime import command
 from vptq_runtime.bench_report import print_table
+from vptq_runtime.errors import OptionError
 from vptq_runtime.generation import check_int
 
 LAYER_WISE = list(STEPS)[:-1]
@@ -110,7 +111,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 class Results:
-    """What was measured, kept in report.json, and taken from there where the setting is the same."""
+    """What was measured, kept in report.json, and taken from there."""
 
     def __init__(self, setting: Setting) -> None:
         self.path = setting.directory / "report.json"
@@ -118,8 +119,9 @@ class Results:
         self.measured: list[Measured] = []
         if self.path.exists():
             report = json.loads(self.path.read_text(encoding="utf-8"))
-            if report["setting"] == self.setting:
-                self.measured = [Measured(**each) for each in report["measured"]]
+            if report["setting"] != self.setting:
+                raise OptionError(f"{setting.directory}: found the report of another setting, expected none")
+            self.measured = [Measured(**each) for each in report["measured"]]
 
     def get(self, name: str, step: str, measure: Callable[[], Measured]) -> Measured:
         for each in self.measured:

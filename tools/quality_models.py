@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "fine-tuning": {"finetune": True},
     "end to end": {"finetune": True},  # and end_to_end, as many steps as were asked for
 }
+MOST_TRIES = 20  # llama-perplexity may end before the thread that prints has come to the last lines
 LLAMACPP_TYPES = ("IQ2_XXS", "Q2_K", "Q3_K_M", "Q4_K_M")
 
 
@@ -191,10 +191,15 @@ class LlamaCpp:
         if type_name != DENSE:
             file = self._quantized(type_name)
         base = self._base()
-        output = self._perplexity(file, "--kl-divergence-base", str(base), "--kl-divergence")
-        perplexity, perplexity_error = _figures(output, r"Mean PPL\(Q\)")
-        kl, kl_error = _figures(output, r"Mean +KLD")
-        agreement, _ = _figures(output, r"Same top p")
+        for _ in range(MOST_TRIES):
+            output = self._perplexity(file, "--kl-divergence-base", str(base), "--kl-divergence")
+            lines = ("Mean PPL(Q)", "Mean    KLD", "Same top p")
+            figures = [figure for line in lines if (figure := _figure(output, line))]
+            if len(figures) == len(lines):
+                break
+        else:
+            raise VPTQError(f"llama-perplexity: found no lines {lines} in what it prints, {MOST_TRIES} times")
+        (perplexity, perplexity_error), (kl, kl_error), (agreement, _) = figures
         return Measured(
             name=type_name,
             step=LLAMACPP,
@@ -241,7 +246,7 @@ class LlamaCpp:
         """What it prints. Raises VPTQError where it cannot be run, or fails."""
         command = [str(self.programs / program), *arguments]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         except OSError as error:
             raise VPTQError(f"--llamacpp: {command[0]}: cannot be run: {error.strerror}") from error
         if done.returncode != 0:
@@ -250,9 +255,7 @@ class LlamaCpp:
         return done.stdout + done.stderr
 
 
-def _figures(output: str, name: str) -> Sequence[float]:
+def _figure(output: str, name: str) -> tuple[float, float] | None:
     """A value and its standard error from what llama-perplexity prints."""
-    match = re.search(rf"^{name} *: *(-?[\d.]+) *± *([\d.]+)", output, re.MULTILINE)
-    if not match:
-        raise VPTQError(f"llama-perplexity: found no line {name!r} in what it prints")
-    return float(match[1]), float(match[2])
+    match = re.search(rf"^{re.escape(name)} *: *(-?[\d.]+) *± *([\d.]+)", output, re.MULTILINE)
+    return (float(match[1]), float(match[2])) if match else None
