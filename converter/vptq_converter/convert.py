@@ -12,7 +12,13 @@ from vptq_converter.architectures import Key, Model, Weight, read_model
 from vptq_converter.checkpoint import Checkpoint, Tensor
 from vptq_converter.dense import OPTION_TYPES, Q8_0_BLOCK, STORED_TYPES, copied, made, matrix
 from vptq_converter.dequantize import FILE_TYPES, plain_tensors
-from vptq_converter.gguf_writer import OutputTensor, check_target, write_gguf
+from vptq_converter.gguf_writer import (
+    ALIGNMENT,
+    PLAIN_ALIGNMENT,
+    OutputTensor,
+    check_target,
+    write_gguf,
+)
 from vptq_converter.layer import LayerTensors
 from vptq_converter.tokenizer import read_tokenizer
 from vptq_runtime.errors import FileError, OptionError
@@ -99,7 +105,8 @@ def convert(
         notes.append(
             f"llama.cpp ignores the model's sliding window: beyond {window} tokens it computes another model"
         )
-    n_bytes = write_gguf(resolved, arch, keys, tensors)
+    alignment = ALIGNMENT if dequantize is None else PLAIN_ALIGNMENT
+    n_bytes = write_gguf(resolved, arch, keys, tensors, alignment)
     n_linear = sum("_norm" not in weight.name for weight in model.weights[1:])
     n_vptq = (
         sum(isinstance(weight.weight, LayerTensors) for weight in model.weights) if dequantize is None else 0

@@ -62,7 +62,13 @@ def check_target(target: Path, sources: Iterable[Path]) -> Path:
     return resolved
 
 
-def write_gguf(target: Path, arch: str, keys: Iterable[Key], tensors: Sequence[OutputTensor]) -> int:
+def write_gguf(
+    target: Path,
+    arch: str,
+    keys: Iterable[Key],
+    tensors: Sequence[OutputTensor],
+    alignment: int = ALIGNMENT,
+) -> int:
     """Writes the file through a temporary one beside it and returns its size in bytes.
 
     Whatever goes wrong, target is left as it was; unless the process is killed, nothing else stays.
@@ -75,7 +81,7 @@ def write_gguf(target: Path, arch: str, keys: Iterable[Key], tensors: Sequence[O
     except OSError as error:
         raise FileError(f"{target}: cannot be written: {temporary}: {error.strerror}") from error
     try:
-        size = write_in_place(temporary, arch, keys, tensors)
+        size = write_in_place(temporary, arch, keys, tensors, alignment)
         temporary.replace(target)
         _sync_directory(target.parent)
     except OSError as error:
@@ -85,10 +91,16 @@ def write_gguf(target: Path, arch: str, keys: Iterable[Key], tensors: Sequence[O
     return size
 
 
-def write_in_place(path: Path, arch: str, keys: Iterable[Key], tensors: Sequence[OutputTensor]) -> int:
+def write_in_place(
+    path: Path,
+    arch: str,
+    keys: Iterable[Key],
+    tensors: Sequence[OutputTensor],
+    alignment: int = ALIGNMENT,
+) -> int:
     """Writes over the file itself; a part of it is left there if anything goes wrong. Raises OSError, too."""
     writer = GGUFWriter(path, arch)
-    writer.add_custom_alignment(ALIGNMENT)
+    writer.add_custom_alignment(alignment)
     for name, value, value_type, element_type in keys:
         writer.add_key_value(name, value, value_type, element_type)
     for tensor in tensors:
