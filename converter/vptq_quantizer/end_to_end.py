@@ -25,7 +25,7 @@ from vptq_quantizer.quantized_linear import QuantizedLinear
 BATCH_TOKENS = 4096  # of one step
 LEARNING_RATE = 3e-3  # times a parameter's root mean square: how far Adam moves it in a step
 WARM_UP = 0.05  # share of the steps in which the rate rises; then it falls linearly to zero
-MEASURED_BATCHES = 4  # the loss is reported on so many that are not trained on
+MEASURED_BATCHES = 4  # the loss is reported on so many others, which may overlap
 
 
 class _VPTQLinear(nn.Module):
