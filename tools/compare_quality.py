@@ -194,6 +194,9 @@ def plot(measured: Sequence[Measured], target: Path) -> None:
     dense = next(each for each in measured if each.step == DENSE)
     axes.axhline(dense.perplexity, color="gray", lw=1, label="dense")
     axes.set(xlabel="bits per weight, all counted", ylabel="perplexity on held-out text", yscale="log")
+    for axis_labels in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_labels("{x:g}")
+    axes.margins(x=0.1)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")
     figure.savefig(target, dpi=110)
