@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ from vptq_converter.checkpoint import Tensor as StoredTensor
 from vptq_converter.config import Section
 
 from vptq_quantizer.dense_model import DenseModel
-from vptq_quantizer.safe_files import write_json, write_tensors
-from vptq_runtime.errors import FileError, OptionError
+from vptq_quantizer.hessians import REMEDY
+from vptq_quantizer.safe_files import copy, link, temporary_files, write_json, write_tensors
+from vptq_runtime.errors import FileError, OptionError, VPTQError
 
 COPIED_FILES = (
     "tokenizer.json",
@@ -43,56 +45,120 @@ class Part:
 
 
 class CheckpointWriter:
-    """The files of one run, which may be a later attempt at it.
+    """The files of one run, which may be a later attempt at it; a context in which it is this process's own.
 
     run: everything that decides what comes out, by name; attempts with another one are refused, with
-    OptionError.
+    OptionError, and so are two at a time. Raises FileError for a directory that cannot be used.
     """
 
     def __init__(self, out_dir: Path, run: Mapping[str, Any]) -> None:
         self.out_dir = out_dir
+        self.run = dict(run)
         self.parts = out_dir / ".parts"
-        path = self.parts / "run.json"
-        if (out_dir / "config.json").exists():
-            raise OptionError(f"{out_dir}: found a config.json, so a whole model; expected a new directory")
-        if path.exists():
-            before = Section.read(path).values
-            for name, value in run.items():
+        self._run_file, self._lock_file = self.parts / "run.json", self.parts / "lock"
+        try:
+            if not self._run_file.exists():
+                self._expect_new()
+            self.parts.mkdir(parents=True, exist_ok=True)
+            self._lock = self._lock_file.open("ab")
+        except (OSError, ValueError) as error:  # ValueError: a null byte in its name
+            if isinstance(error, VPTQError):
+                raise
+            raise FileError(f"{out_dir}: cannot be used: {getattr(error, 'strerror', error)}") from error
+        try:
+            self._begin()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def _expect_new(self) -> None:
+        if (self.out_dir / "config.json").exists():
+            raise OptionError(
+                f"{self.out_dir}: found a config.json, so a whole model; expected a new directory"
+            )
+        others: set[Path] = set()
+        if self.out_dir.exists():
+            others = set(self.out_dir.iterdir()) - {self.parts} if self.out_dir.is_dir() else {self.out_dir}
+        if self.parts.exists():  # a run that was killed before it had a run.json
+            others |= set(self.parts.iterdir()) - {self._lock_file, *temporary_files(self.parts)}
+        if others:
+            raise OptionError(
+                f"{self.out_dir}: found other files, expected a new directory, or a run to go on with"
+            )
+
+    def _begin(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OptionError(
+                f"{self.out_dir}: found another process at work, expected to be the only one"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        if self._run_file.exists():
+            before = Section.read(self._run_file).values
+            for name, value in self.run.items():
                 if before.get(name) != value:
                     raise OptionError(
-                        f"{out_dir}: found a run with {name} {before.get(name)}, expected {value}, as now: "
-                        "go on with the same options, or in another directory"
+                        f"{self.out_dir}: found a run with {name} {before.get(name)}, expected {value}, "
+                        "as now: go on with the same options, or in another directory"
                     )
-            return
-        if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-            raise OptionError(
-                f"{out_dir}: found other files, expected a new directory, or a run to go on with"
-            )
-        write_json(path, dict(run))
+        else:
+            write_json(self._run_file, self.run)
+        for path in temporary_files(self.out_dir) + temporary_files(self.parts):
+            path.unlink(missing_ok=True)
+
+    def finished(self) -> dict[str, Any] | None:
+        """The report of a run that was stopped when all was done but tidying up, which is done now."""
+        if not (self.out_dir / "config.json").exists():
+            return None
+        report = Section.read(self.out_dir / "report.json").values
+        self._tidy()
+        return report
 
     def path(self, n: int, tuned: bool) -> Path:
         return self.parts / f"{'tuned' if tuned else 'layer'}-{n:05}.safetensors"
 
     def has(self, n: int, tuned: bool = False) -> bool:
-        """Whether decoder layer n is there (tuned: after end-to-end fine-tuning)."""
-        return self.path(n, tuned).exists()
+        """Whether decoder layer n is there (tuned: after end-to-end fine-tuning); raises as `read` does."""
+        return self.path(n, tuned).exists() and bool(self.read(n, tuned, with_tensors=False))
+
+    def has_tuned(self, n_layers: int) -> bool:
+        """Whether all is there that end-to-end fine-tuning gives: the decoder layers, and the rest."""
+        return all([self.has(n, tuned=True) for n in range(n_layers + 1)])
 
     def write(self, n: int, part: Part, tuned: bool = False) -> None:
         """Raises FileError when it cannot be written; all others are untouched."""
-        write_tensors(self.path(n, tuned), part.tensors, {"report": json.dumps(part.report)})
+        path = self.path(n, tuned)
+        report = json.dumps(part.report)
+        write_tensors(path, part.tensors, {"report": report, "key": self._key(path, report)})
 
     def read(self, n: int, tuned: bool = False, with_tensors: bool = True) -> Part:
-        """Raises FileError for a damaged file; without tensors, only the report is read."""
+        """Raises FileError for a damaged file and for one of another run or layer; without tensors, only the
+        report is read."""
         path = self.path(n, tuned)
         try:
             with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                report = metadata.get("report", "")
+                if metadata.get("key") != self._key(path, report):
+                    raise FileError(
+                        f"{path}: found a part of another run or another layer, or a changed one; {REMEDY}"
+                    )
                 names = list(file.keys()) if with_tensors else []
-                tensors = {name: file.get_tensor(name) for name in names}
-                return Part(tensors, json.loads(file.metadata()["report"]))
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise FileError(
-                f"{path}: not a whole part of a checkpoint: {error}; delete it to have it made again"
-            ) from error
+                return Part({name: file.get_tensor(name) for name in names}, json.loads(report))
+        except (SafetensorError, OSError) as error:
+            raise FileError(f"{path}: not a whole part of a checkpoint: {error}; {REMEDY}") from error
+
+    def _key(self, path: Path, report: str) -> str:
+        """Goes with a part wherever it is copied: says which part of which run it is."""
+        return hashlib.sha256(json.dumps([self.run, path.name, report], sort_keys=True).encode()).hexdigest()
 
     def finish(
         self, dense: DenseModel, dtype: torch.dtype, entries: dict[str, Any], report: Mapping[str, Any]
@@ -105,37 +171,50 @@ class CheckpointWriter:
             for weight in dense.model.weights
             if not weight.name.startswith("blk.") and isinstance(weight.weight, StoredTensor)
         }
-        tuned = self.has(dense.n_layers, tuned=True)  # the last that is written
+        tuned = self.has_tuned(dense.n_layers)
         if tuned:
             rest |= self.read(dense.n_layers, tuned=True).tensors
         write_tensors(self.out_dir / names[0], rest, {})
         weight_map = dict.fromkeys(rest, names[0])
         total = sum(tensor.nbytes for tensor in rest.values())
         for n in range(dense.n_layers):
-            path, target = self.path(n, tuned), self.out_dir / names[n + 1]
-            with safe_open(path, "pt") as file:
-                weight_map |= dict.fromkeys(file.keys(), target.name)
-                total += sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118 (no mapping)
-            _link(path, target)
+            tensors = self.read(n, tuned).tensors
+            weight_map |= dict.fromkeys(tensors, names[n + 1])
+            total += sum(tensor.nbytes for tensor in tensors.values())
+            link(self.path(n, tuned), self.out_dir / names[n + 1])
         write_json(
             self.out_dir / "model.safetensors.index.json",
             {"metadata": {"total_size": total}, "weight_map": weight_map},
         )
-        self._copy_files(dense.checkpoint)
+        for path in copied_files(dense.checkpoint):
+            copy(path, self.out_dir / path.name)
         write_json(self.out_dir / "report.json", dict(report))
         config = dict(dense.checkpoint.config.values)
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
         config["quantization_config"] = {"quant_method": "vptq", "config_for_layers": entries}
         write_json(self.out_dir / "config.json", config)
-        shutil.rmtree(self.parts, ignore_errors=True)
+        self._tidy()
 
-    def _copy_files(self, checkpoint: Checkpoint) -> None:
-        for name in COPIED_FILES:
-            try:
-                if checkpoint.has(name):
-                    shutil.copyfile(checkpoint.directory / name, self.out_dir / name)
-            except OSError as error:
-                raise FileError(f"{self.out_dir / name}: cannot be written: {error.strerror}") from error
+    def _tidy(self) -> None:
+        """Takes away what was the run's own; what it is a run of goes last, so that this can be stopped."""
+        parts = [path for kind in ("layer", "tuned") for path in self.parts.glob(f"{kind}-*.safetensors")]
+        with contextlib.suppress(OSError):  # the checkpoint is there, with or without this
+            for path in (*parts, self._run_file, self._lock_file):
+                path.unlink(missing_ok=True)
+            self.parts.rmdir()
+
+
+def copied_files(checkpoint: Checkpoint) -> list[Path]:
+    """The files that the new checkpoint has unchanged; raises FileError for one that cannot be read."""
+    paths = [checkpoint.directory / name for name in COPIED_FILES if checkpoint.has(name)]
+    for path in paths:
+        if path.exists() and not path.is_file():  # a pipe would block
+            raise FileError(f"{path}: found something that is not a regular file")
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise FileError(f"{path}: cannot be read: {error.strerror}") from error
+    return paths
 
 
 def stored(tensor: StoredTensor, dtype: torch.dtype) -> Tensor:
@@ -143,17 +222,8 @@ def stored(tensor: StoredTensor, dtype: torch.dtype) -> Tensor:
     values = torch.from_numpy(tensor.finite()).to(dtype)
     tensor.release()
     if not values.isfinite().all():
-        raise tensor.error("a number beyond 65504", f"numbers that {str(dtype).removeprefix('torch.')} holds")
+        raise tensor.error(
+            f"a number beyond {torch.finfo(dtype).max:g}",
+            f"numbers that {str(dtype).removeprefix('torch.')} holds",
+        )
     return values
-
-
-def _link(path: Path, target: Path) -> None:
-    """A second name for a file, which takes no room; a copy where the file system has no such thing."""
-    try:
-        target.unlink(missing_ok=True)
-        try:
-            os.link(path, target)
-        except OSError:
-            shutil.copyfile(path, target)
-    except OSError as error:
-        raise FileError(f"{target}: cannot be written: {error.strerror}") from error

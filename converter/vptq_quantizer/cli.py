@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from vptq_quantizer.options import OPTION_NAMES, QuantizeOptions
+from vptq_quantizer.report import check_plot, plot, table
 from vptq_runtime import command
 
 
@@ -104,6 +105,8 @@ def _run(arguments: argparse.Namespace) -> None:
         if not match:
             raise command.UsageError(f"--layers: found {arguments.layers!r}, expected A-B, as 0-15")
         layers = (int(match[1]), int(match[2] or match[1]))
+    if arguments.plot:
+        check_plot(Path(arguments.plot))
     from vptq_quantizer import quantize  # torch takes seconds to load, and may be missing
 
     def warn(message: str) -> None:
@@ -127,8 +130,6 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _show(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
-    from vptq_quantizer.report import plot, table
-
     Console().print(table(report["layers"]))
     if "end_to_end" in report:
         before, after = report["end_to_end"]["kl_divergence"]

@@ -28,7 +28,8 @@ HESSIAN_OF = {
     "mlp.up_proj": "mlp.gate_proj",
     "mlp.down_proj": "mlp.down_proj",
 }
-SAMPLED_NUMBERS = 1 << 14  # of each tensor's start go into a model's key: enough to tell two models apart
+SAMPLED_BYTES = 1 << 15  # of each tensor's start go into a model's key: enough to tell two models apart
+REMEDY = "delete it to have it made again"
 
 
 def collect(dense: DenseModel, n: int, layer: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
@@ -66,7 +67,9 @@ def model_key(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256(json.dumps(checkpoint.config.values, sort_keys=True).encode())
     for name, tensor in sorted(checkpoint.tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-        digest.update(tensor.array().reshape(-1)[:SAMPLED_NUMBERS].tobytes())
+        # Bytes, not numbers: tensors that the model does not use may be of any type.
+        stop = tensor.start + min(tensor.nbytes, SAMPLED_BYTES)
+        digest.update(tensor.shard.map[tensor.start : stop])
     return digest.hexdigest()[:32]
 
 
@@ -76,7 +79,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise FileError(f"{path}: not a whole safetensors file: {error}") from error
+        raise FileError(f"{path}: not a whole safetensors file: {error}; {REMEDY}") from error
 
 
 class HessianStore:
@@ -90,14 +93,14 @@ class HessianStore:
         self.model, self.calibration = model, calibration
 
     def path(self, n: int) -> Path:
-        return self.directory / f"layer-{n:05}.safetensors"
+        return self.directory / f"hessian-{n:05}.safetensors"
 
     def has(self, n: int) -> bool:
         return self.path(n).exists()
 
     def text(self) -> str | None:
         """The key of the calibration text that the Hessians are from, None where there are none."""
-        for path in sorted(self.directory.glob("layer-*.safetensors")):
+        for path in sorted(self.directory.glob("hessian-*.safetensors")):
             return self._metadata(path).get("calibration")
         return None
 
@@ -117,14 +120,17 @@ class HessianStore:
         found = {name: tuple(hessian.shape) for name, hessian in hessians.items()}
         expected = {name: (size, size) for name, size in shapes.items()}
         if found != expected:
-            raise FileError(f"{path}: found Hessians {found}, expected {expected}")
+            raise FileError(f"{path}: found Hessians {found}, expected {expected}; {REMEDY}")
         for name, hessian in hessians.items():
             if (
                 hessian.dtype != torch.float32
                 or not hessian.isfinite().all()
                 or (hessian.diagonal() < 0).any()
             ):
-                raise FileError(f"{path}: tensor {name}: found a NaN, an infinity, or a type that is not F32")
+                raise FileError(
+                    f"{path}: tensor {name}: found a NaN, an infinity, a square below 0, or a type that is "
+                    f"not F32; {REMEDY}"
+                )
         return hessians
 
     def _check(self, path: Path, metadata: dict[str, str]) -> None:

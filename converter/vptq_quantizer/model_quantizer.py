@@ -21,7 +21,7 @@ from vptq_converter.checkpoint import Checkpoint
 from vptq_converter.layer import LayerConfig
 
 from vptq_quantizer.calibration import Calibration, check_context, read_calibration
-from vptq_quantizer.checkpoint_writer import CheckpointWriter, Part, stored
+from vptq_quantizer.checkpoint_writer import CheckpointWriter, Part, copied_files, stored
 from vptq_quantizer.dense_model import DenseModel, linears
 from vptq_quantizer.end_to_end import tune
 from vptq_quantizer.finetune import finetune_linear
@@ -29,12 +29,24 @@ from vptq_quantizer.hessians import HESSIAN_OF, HessianStore, collect, model_key
 from vptq_quantizer.layer_quantizer import Problem, quantize_linear
 from vptq_quantizer.options import QuantizeOptions, option_error
 from vptq_quantizer.quantized_linear import QuantizedLinear, config_entry
-from vptq_quantizer.report import summary
-from vptq_runtime.errors import OptionError, UnsupportedError
+from vptq_quantizer.report import run_report
+from vptq_runtime.errors import OptionError, OutOfMemoryError, UnsupportedError
 
 Show = Callable[[str, float], object]  # told what is being done, and how many steps of the bar that finishes
 
 
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """PyTorch's way to say that memory is short, a RuntimeError, as ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            raise OutOfMemoryError(f"out of memory: {error}") from error
+        raise
+
+
+@_memory_errors()
 def quantize(
     model_dir: str | Path,
     out_dir: str | Path,
@@ -57,6 +69,7 @@ def quantize(
     whatever is wrong with the model, the text, the options or the disk; what is finished stays.
     """
     checkpoint = Checkpoint(model_dir)
+    copied_files(checkpoint)  # what is wrong with them is better said before the work
     dense = DenseModel(checkpoint, _device(device))
     # The smallest first: an error about a size names one that suits all.
     shapes = sorted(dense.linear_shapes().items(), key=lambda item: prod(item[1]))
@@ -77,28 +90,10 @@ def quantize(
     if hessians is not None:
         source = source or HessianStore(Path(hessians), model, None).text()
         store = HessianStore(Path(hessians), model, source)
-    writer = CheckpointWriter(Path(out_dir), {**asdict(options), "model": model, "calibration": source})
     run = _Run(dense, options, configs, _stored_dtype(checkpoint), text, store)
-    pending = [n for n in wanted if not writer.has(n)]
-    with _progress(len(pending) * len(LINEARS)) as show:
-        for n, part in run.parts(pending, show):
-            writer.write(n, part)
-
-    done = [n for n in range(dense.n_layers) if writer.has(n)]
-    reports = [writer.read(n, with_tensors=False).report for n in done]
-    finished = len(reports) == dense.n_layers
-    report: dict[str, Any] = {
-        "model": checkpoint.name,
-        "options": asdict(options),
-        "finished": finished,
-        "n_layers": dense.n_layers,
-    }
-    report |= {**(summary(reports) if reports else {}), "layers": reports}
-    if finished:
-        if options.end_to_end and text is not None:
-            report["end_to_end"] = run.tune(writer, text)
-        writer.finish(dense, run.dtype, run.entries(), report)
-    return report
+    what = {**asdict(options), "model": model, "calibration": source}
+    with CheckpointWriter(Path(out_dir), what) as writer:
+        return writer.finished() or run.into(writer, wanted)
 
 
 @dataclass(frozen=True)
@@ -109,6 +104,23 @@ class _Run:
     dtype: torch.dtype  # of the new checkpoint
     text: Calibration | None
     store: HessianStore | None
+
+    def into(self, writer: CheckpointWriter, wanted: Sequence[int]) -> dict[str, Any]:
+        """Does the decoder layers `wanted` that are not there; with all there, makes the checkpoint."""
+        n_layers = self.dense.n_layers
+        # All are looked at: a wrong one is better found before the work.
+        done = {n for n in range(n_layers) if writer.has(n)}
+        pending = [n for n in wanted if n not in done]
+        with _progress(len(pending) * len(LINEARS)) as show:
+            for n, part in self.parts(pending, show):
+                writer.write(n, part)
+        reports = [writer.read(n, with_tensors=False).report for n in sorted(done.union(pending))]
+        report = run_report(self.dense.checkpoint.name, asdict(self.options), n_layers, reports)
+        if report["finished"]:
+            if self.options.end_to_end and self.text is not None:
+                report["end_to_end"] = self.tune(writer, self.text)
+            writer.finish(self.dense, self.dtype, self.entries(), report)
+        return report
 
     def parts(self, pending: Sequence[int], show: Show) -> Iterator[tuple[int, Part]]:
         """Quantises the decoder layers `pending` (numbers that rise), one in memory at a time."""
@@ -213,9 +225,8 @@ class _Run:
 
         Under the number n_layers that is the rest of the model's. What is there already is not trained again.
         """
-        last = self.dense.n_layers  # the last that is written
-        if writer.has(last, tuned=True):
-            return writer.read(last, tuned=True, with_tensors=False).report
+        if writer.has_tuned(self.dense.n_layers):
+            return writer.read(self.dense.n_layers, tuned=True, with_tensors=False).report
         parts = {n: writer.read(n) for n in range(self.dense.n_layers)}
         with _progress(self.options.end_to_end) as show:
             tuned, report = tune(self.dense, self.configs, parts, self.options, self.dtype, text, show)

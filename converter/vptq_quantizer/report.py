@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from vptq_runtime.errors import FileError, OptionError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 # A layer's report: {"layer": n, "seconds": s, "linears": {path in the layer: {
 #     "out_features", "in_features", "bits": of all its tensors but a bias,
 #     "proxy_error": {step: relative error}, "seconds": {step: s}}}}
 LayerReport = dict[str, Any]
+
+
+def run_report(
+    model: str, options: dict[str, Any], n_layers: int, layers: list[LayerReport]
+) -> dict[str, Any]:
+    """What report.json says of a run of n_layers decoder layers, of which `layers` are finished."""
+    return {
+        "model": model,
+        "options": options,
+        "finished": len(layers) == n_layers,
+        "n_layers": n_layers,
+        **summary(layers),
+        "layers": layers,
+    }
 
 
 def summary(layers: Sequence[LayerReport]) -> dict[str, Any]:
@@ -60,25 +78,45 @@ def table(layers: Sequence[LayerReport]) -> Table:
     return result
 
 
+def check_plot(target: Path) -> None:
+    """Whether plot can write there, asked before hours of work; raises OptionError or FileError."""
+    formats = _figure_class()().canvas.get_supported_filetypes()
+    if target.suffix[1:].lower() not in formats:
+        raise OptionError(f"--plot: {target}: expected a name that ends in .{', .'.join(sorted(formats))}")
+    try:
+        wanted = target if target.exists() else target.parent
+        writable = not target.is_dir() and os.access(wanted, os.W_OK)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in its name
+        raise FileError(f"--plot: {target}: cannot be written: {error}") from error
+    if not writable:
+        raise FileError(f"--plot: {target}: expected a file in a directory that can be written to")
+
+
 def plot(layers: Sequence[LayerReport], target: Path) -> None:
     """The proxy error of every linear layer after each step, a panel for each kind."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OptionError('--plot needs matplotlib: pip install "vptq-runtime[quantize]"') from error
     kinds = list(layers[0]["linears"])
-    figure = Figure(figsize=(3 * len(kinds), 3.2), layout="constrained")
+    figure = _figure_class()(figsize=(3 * len(kinds), 3.2), layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True)
     numbers = [layer["layer"] for layer in layers]
+    some_error = False
     for panel, kind in zip(panels, kinds, strict=True):
         for step in steps(layers):
             errors = [layer["linears"][kind]["proxy_error"][step] for layer in layers]
+            some_error |= any(error > 0 for error in errors)
             panel.plot(numbers, errors, marker=".", label=step)
-        panel.set(title=kind, xlabel="decoder layer", yscale="log")
+        panel.set(title=kind, xlabel="decoder layer")
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("relative proxy error")
+    panels[0].set(ylabel="relative proxy error", yscale="log" if some_error else "linear")  # of all panels
     panels[-1].legend(fontsize="small")
     try:
         figure.savefig(target, dpi=150)
     except (OSError, ValueError) as error:
         raise FileError(f"--plot: {target}: cannot be written: {error}") from error
+
+
+def _figure_class() -> type[Figure]:
+    try:
+        from matplotlib.figure import Figure  # slow to load, and may be missing
+    except ImportError as error:
+        raise OptionError('--plot needs matplotlib: pip install "vptq-runtime[quantize]"') from error
+    return Figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,21 +29,52 @@ def write_json(path: Path, value: Any) -> None:
     _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
+def link(path: Path, target: Path) -> None:
+    """A second name for a file, which takes no room; a copy where the file system has no such thing."""
+
+    def write(temporary: Path) -> None:
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+
+    _write(target, write)
+
+
+def copy(path: Path, target: Path) -> None:
+    """A copy of a file; raises FileError, and leaves what stood there, when it cannot be made."""
+    _write(target, lambda temporary: shutil.copyfile(path, temporary), f", a copy of {path}")
+
+
+def temporary_files(directory: Path) -> list[Path]:
+    """What writers that were killed have left there."""
+    return list(directory.glob(".*.????????.tmp"))
+
+
+def _write(path: Path, write: Callable[[Path], object], what: str = "") -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
             temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner reads
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            _sync(temporary)
             temporary.replace(path)
+            _sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        raise FileError(f"{path}: cannot be written: {reason}") from error
+        raise FileError(f"{path}{what}: cannot be written: {reason}") from error
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's bytes, or a directory's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

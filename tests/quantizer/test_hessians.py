@@ -1,18 +1,20 @@
 """The dense model, layer by layer, is transformers' model; its Hessians are those of its inputs."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from configurations import ARCHITECTURES
+from converted import change_tensors
 from dense_models import SEQ_LEN
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from vptq_converter.checkpoint import Checkpoint
 from vptq_quantizer.calibration import read_calibration
 from vptq_quantizer.dense_model import DenseModel, linears
-from vptq_quantizer.hessians import HESSIAN_OF, collect
+from vptq_quantizer.hessians import HESSIAN_OF, collect, model_key
 
 from vptq_runtime import FileError, OptionError
 
@@ -95,3 +97,15 @@ def test_empty_text(dense_model: Callable[[str], Path], tmp_path: Path) -> None:
     dense = open_model(dense_model("llama"))
     with pytest.raises(OptionError, match=r"--calibration: found 1 tokens in .*text\.txt, expected text"):
         read_calibration(dense.checkpoint, dense.n_vocab, [tmp_path / "text.txt"], 8, 64, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float8_e4m3fn])
+def test_a_model_is_named_whatever_types_its_unused_tensors_have(
+    dtype: torch.dtype, dense_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(dense_model("llama"), tmp_path / "model"))
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change_tensors(model, lambda tensors: tensors.update({name: torch.ones(5).to(dtype)}))
+    ones = model_key(Checkpoint(model))
+    change_tensors(model, lambda tensors: tensors.update({name: torch.zeros(5).to(dtype)}))
+    assert model_key(Checkpoint(model)) != ones

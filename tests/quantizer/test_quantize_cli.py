@@ -1,12 +1,14 @@
 """vptq-quantize: a table, a picture, exit status, one-line errors."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from dense_models import SEQ_LEN
 from vptq_quantizer import cli
+from vptq_quantizer.report import plot
 
 SMALL = ["--vector-len", "4", "--centroids", "16", "--samples", "8", "--seq-len", str(SEQ_LEN)]
 
@@ -76,9 +78,44 @@ def test_warnings_are_printed(
     assert capsys.readouterr().err.startswith("vptq-quantize: warning: --calibration: found ")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("errors.xyz", "expected a name that ends in .eps, .jpeg, "),
+        ("nowhere/errors.png", "expected a file in a directory that can be written to"),
+    ],
+)
 def test_a_picture_that_cannot_be_drawn(
-    dense_model: Callable[[str], Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    message: str,
+    dense_model: Callable[[str], Path],
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Is refused before the work: a run that is finished cannot be repeated."""
     command = [str(dense_model("llama")), str(tmp_path / "out"), *SMALL, "--calibration", str(text)]
-    assert cli.main([*command, "--plot", str(tmp_path / "errors.xyz")]) == 1
-    assert "--plot" in capsys.readouterr().err
+    assert cli.main([*command, "--plot", str(tmp_path / name)]) == 1
+    error = capsys.readouterr().err
+    assert f"--plot: {tmp_path / name}: {message}" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_without_matplotlib(
+    dense_model: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    command = [str(dense_model("llama")), str(tmp_path / "out"), *SMALL, "--plot", "errors.png"]
+    assert cli.main(command) == 1
+    assert "--plot needs matplotlib: pip install" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_picture_of_no_errors(tmp_path: Path) -> None:
+    """A model of zeros: nothing that a logarithmic axis could show."""
+    linears = {name: {"proxy_error": {"k-means": 0.0}} for name in ("mlp.up_proj", "mlp.down_proj")}
+    plot([{"layer": n, "linears": linears} for n in (0, 1)], tmp_path / "errors.png")
+    assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")

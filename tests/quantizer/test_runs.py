@@ -147,9 +147,11 @@ def test_hessians_of_another_model_or_text(
 ) -> None:
     quantize(model, tmp_path / "a", SMALL, calibration=[text], hessians=tmp_path / "h", layers=(0, 0))
     other = write_text(tmp_path / "other.txt", 2000)
-    with pytest.raises(OptionError, match=r"--hessians: .*layer-00000.*the Hessians of another calibration"):
+    with pytest.raises(
+        OptionError, match=r"--hessians: .*hessian-00000.*the Hessians of another calibration"
+    ):
         quantize(model, tmp_path / "b", SMALL, calibration=[other], hessians=tmp_path / "h")
-    with pytest.raises(OptionError, match=r"--hessians: .*layer-00000.*the Hessians of another model"):
+    with pytest.raises(OptionError, match=r"--hessians: .*hessian-00000.*the Hessians of another model"):
         quantize(
             dense_model("llama-linear"), tmp_path / "c", SMALL, calibration=[text], hessians=tmp_path / "h"
         )
@@ -159,9 +161,11 @@ def test_hessians_of_another_model_or_text(
 
 def test_damaged_hessians(model: Path, text: Path, tmp_path: Path) -> None:
     quantize(model, tmp_path / "a", SMALL, calibration=[text], hessians=tmp_path / "h", layers=(0, 0))
-    file = tmp_path / "h" / "layer-00000.safetensors"
+    file = tmp_path / "h" / "hessian-00000.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(FileError, match=r"layer-00000\.safetensors: not a whole safetensors file"):
+    with pytest.raises(
+        FileError, match=r"hessian-00000\.safetensors: not a whole safetensors file: .*; delete it"
+    ):
         quantize(model, tmp_path / "b", SMALL, calibration=[text], hessians=tmp_path / "h")
 
 
@@ -222,7 +226,7 @@ def test_where_files_have_one_name_each(
     def no_links(*_: Any) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
-    monkeypatch.setattr(checkpoint_writer.os, "link", no_links)
+    monkeypatch.setattr(safe_files.os, "link", no_links)
     quantize(model, tmp_path / "out", OPTIONS, calibration=[text])
     assert_same(tmp_path / "out", whole)
 
@@ -260,8 +264,8 @@ def test_hessians_of_two_texts_are_not_mixed(model: Path, text: Path, tmp_path: 
     other = write_text(tmp_path / "other.txt", 2000)
     quantize(model, tmp_path / "a", SMALL, calibration=[text], hessians=tmp_path / "h", layers=(0, 0))
     quantize(model, tmp_path / "b", SMALL, calibration=[other], hessians=tmp_path / "g", layers=(1, 1))
-    shutil.copy(tmp_path / "g/layer-00001.safetensors", tmp_path / "h")
-    with pytest.raises(OptionError, match=r"layer-00001.*: found the Hessians of another calibration"):
+    shutil.copy(tmp_path / "g/hessian-00001.safetensors", tmp_path / "h")
+    with pytest.raises(OptionError, match=r"hessian-00001.*: found the Hessians of another calibration"):
         quantize(model, tmp_path / "c", SMALL, hessians=tmp_path / "h")
 
 
@@ -276,7 +280,7 @@ def test_training_that_is_there_is_not_done_again(
         raise FileError("out: cannot be written: No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_writer, "_link", full)
+        patch.setattr(checkpoint_writer, "link", full)
         with pytest.raises(FileError, match="No space left"):
             quantize(model, tmp_path / "out", options, calibration=[text])
     monkeypatch.setattr(model_quantizer, "tune", no_more_work)

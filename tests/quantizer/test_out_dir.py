@@ -1,0 +1,204 @@
+"""OUT_DIR: whose parts are taken, who may write there, and what a run that was killed has left."""
+
+import fcntl
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_models import SMALL
+from safetensors import safe_open
+from safetensors.torch import save_file
+from vptq_converter.checkpoint import Checkpoint
+from vptq_quantizer import checkpoint_writer, model_quantizer, quantize, safe_files
+from vptq_quantizer.checkpoint_writer import stored
+
+from vptq_runtime import FileError, OptionError
+from vptq_runtime.errors import OutOfMemoryError
+
+OPTIONS = replace(SMALL, second_order=False)
+FOREIGN = r"layer-00001\.safetensors: found a part of another run or another layer, .*; delete it"
+
+
+@pytest.fixture(scope="module")
+def model(dense_model: Callable[[str], Path]) -> Path:
+    return dense_model("llama")
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both decoder layers are there, but no checkpoint yet: not to be changed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+
+    def full(*_: Any) -> Any:
+        raise FileError("No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FileError, match="No space left"):
+        patch.setattr(checkpoint_writer.CheckpointWriter, "finish", full)
+        quantize(model, out, OPTIONS, calibration=[text])
+    return out
+
+
+@pytest.fixture
+def out(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "out"))
+
+
+def part(out: Path, n: int) -> Path:
+    return out / ".parts" / f"layer-{n:05}.safetensors"
+
+
+def change_metadata(path: Path, **changes: str) -> None:
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        metadata = file.metadata() | changes
+    save_file(tensors, path, metadata)
+
+
+def test_a_part_of_a_run_with_other_options(model: Path, text: Path, out: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    quantize(model, other, replace(OPTIONS, centroids=8), calibration=[text], layers=(1, 1))
+    shutil.copy(part(other, 1), part(out, 1))
+    with pytest.raises(FileError, match=FOREIGN):
+        quantize(model, out, OPTIONS, calibration=[text])
+
+
+def test_a_part_of_another_layer(model: Path, text: Path, out: Path) -> None:
+    shutil.copy(part(out, 0), part(out, 1))
+    with pytest.raises(FileError, match=FOREIGN):
+        quantize(model, out, OPTIONS, calibration=[text])
+    part(out, 1).unlink()
+    assert quantize(model, out, OPTIONS, calibration=[text])["finished"]
+
+
+@pytest.mark.parametrize("report", ["{}", "[]", "3", "null", "", "[" * 10000])
+def test_a_part_with_a_changed_report(report: str, model: Path, text: Path, out: Path) -> None:
+    change_metadata(part(out, 1), report=report)
+    with pytest.raises(FileError, match=FOREIGN):
+        quantize(model, out, OPTIONS, calibration=[text])
+
+
+def test_end_to_end_parts_that_are_damaged_or_missing(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, options = tmp_path / "out", replace(OPTIONS, end_to_end=1)
+
+    def full(*_: Any) -> Any:
+        raise FileError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(FileError, match="No space left"):
+        patch.setattr(checkpoint_writer.CheckpointWriter, "finish", full)
+        quantize(model, out, options, calibration=[text])
+    tuned = out / ".parts" / "tuned-00000.safetensors"
+    tuned.write_bytes(tuned.read_bytes()[:-1])
+    with pytest.raises(FileError, match=r"tuned-00000.safetensors: not a whole part .*; delete it"):
+        quantize(model, out, options, calibration=[text])
+    tuned.unlink()
+    assert quantize(model, out, options, calibration=[text])["finished"]
+    assert not (out / ".parts").exists()
+
+
+def test_a_run_that_was_killed_while_tidying_up(model: Path, text: Path, out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out / ".parts", tmp_path / "parts")
+    report = quantize(model, out, OPTIONS, calibration=[text])
+    shutil.move(tmp_path / "parts", out / ".parts")
+    part(out, 0).unlink()
+    with pytest.raises(OptionError, match="found a run with seed 0, expected 1"):
+        quantize(model, out, replace(OPTIONS, seed=1), calibration=[text])
+    assert quantize(model, out, OPTIONS, calibration=[text]) == report
+    assert not (out / ".parts").exists()
+
+
+def test_what_killed_writers_have_left(model: Path, text: Path, out: Path) -> None:
+    (out / ".parts" / ".layer-00001.safetensors.01234567.tmp").touch()
+    (out / ".config.json.01234567.tmp").touch()
+    quantize(model, out, OPTIONS, calibration=[text])
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_a_run_that_was_killed_before_it_began(model: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / ".parts").mkdir(parents=True)
+    (tmp_path / "out" / ".parts" / ".run.json.01234567.tmp").touch()
+    quantize(model, tmp_path / "out", OPTIONS, calibration=[text], layers=(0, 0))
+    assert part(tmp_path / "out", 0).exists()
+
+
+def test_two_processes(model: Path, text: Path, out: Path) -> None:
+    with (out / ".parts" / "lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OptionError, match="out: found another process at work"):
+            quantize(model, out, OPTIONS, calibration=[text])
+    assert quantize(model, out, OPTIONS, calibration=[text])["finished"]
+
+
+@pytest.mark.parametrize(("name", "reason"), [("x" * 300, "File name too long"), ("a\0b", "null byte")])
+def test_names_that_no_directory_has(name: str, reason: str, model: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=f"cannot be used: .*{reason}"):
+        quantize(model, tmp_path / name, OPTIONS, calibration=[text])
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.symlink_to("nowhere"), "cannot be read: No such file"),
+        (Path.mkdir, "not a regular file"),
+        (os.mkfifo, "not a regular file"),
+    ],
+)
+def test_files_that_cannot_be_copied(
+    make: Callable[[Path], Any], reason: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    """The model's file is named, and nothing is begun."""
+    copy = Path(shutil.copytree(model, tmp_path / "model"))
+    make(copy / "merges.txt")
+    with pytest.raises(FileError, match=rf"model/merges\.txt: .*{reason}"):
+        quantize(copy, tmp_path / "out", OPTIONS, calibration=[text])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+)
+def test_out_of_memory(
+    error: Exception, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def collect(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(model_quantizer, "collect", collect)
+    with pytest.raises(OutOfMemoryError, match="out of memory: .*memory"):
+        quantize(model, tmp_path / "out", OPTIONS, calibration=[text])
+
+
+def test_hessians_among_the_parts(model: Path, text: Path, tmp_path: Path) -> None:
+    parts = tmp_path / "out" / ".parts"
+    assert quantize(model, parts.parent, OPTIONS, calibration=[text], hessians=parts)["finished"]
+    assert sorted(path.name for path in parts.iterdir()) == [f"hessian-0000{n}.safetensors" for n in (0, 1)]
+
+
+def test_a_number_that_bfloat16_cannot_hold(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = Checkpoint(model).tensor("model.norm.weight")
+    monkeypatch.setattr(
+        type(tensor), "finite", lambda self: torch.full(self.shape, 3.4e38, dtype=torch.float32).numpy()
+    )
+    with pytest.raises(FileError, match=r"found a number beyond 3\.38953e\+38, .* bfloat16 holds"):
+        stored(tensor, torch.bfloat16)
+
+
+def test_names_reach_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file's bytes before its name, and a name only lasts once its directory is there too."""
+    synced: list[bool] = []
+    monkeypatch.setattr(
+        safe_files.os, "fsync", lambda file: synced.append(stat.S_ISDIR(os.fstat(file).st_mode))
+    )
+    safe_files.write_json(tmp_path / "a.json", {})
+    assert synced == [False, True]
