@@ -61,15 +61,15 @@ class CheckpointWriter:
                 self._expect_new()
             self.parts.mkdir(parents=True, exist_ok=True)
             self._lock = self._lock_file.open("ab")
-        except (OSError, ValueError) as error:  # ValueError: a null byte in its name
-            if isinstance(error, VPTQError):
+            try:
+                self._begin()
+            except BaseException:
+                self._lock.close()
                 raise
-            raise FileError(f"{out_dir}: cannot be used: {getattr(error, 'strerror', error)}") from error
-        try:
-            self._begin()
-        except BaseException:
-            self._lock.close()
+        except VPTQError:
             raise
+        except (OSError, ValueError) as error:  # ValueError: a null byte in its name
+            raise FileError(f"{out_dir}: cannot be used: {getattr(error, 'strerror', error)}") from error
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -110,6 +110,7 @@ class CheckpointWriter:
                         "as now: go on with the same options, or in another directory"
                     )
         else:
+            self._expect_new()  # whoever had the lock may have finished just now
             write_json(self._run_file, self.run)
         for path in temporary_files(self.out_dir) + temporary_files(self.parts):
             path.unlink(missing_ok=True)
@@ -131,7 +132,7 @@ class CheckpointWriter:
 
     def has_tuned(self, n_layers: int) -> bool:
         """Whether all is there that end-to-end fine-tuning gives: the decoder layers, and the rest."""
-        return all([self.has(n, tuned=True) for n in range(n_layers + 1)])
+        return all(self.has(n, tuned=True) for n in range(n_layers + 1))
 
     def write(self, n: int, part: Part, tuned: bool = False) -> None:
         """Raises FileError when it cannot be written; all others are untouched."""

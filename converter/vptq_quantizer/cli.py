@@ -106,7 +106,7 @@ def _run(arguments: argparse.Namespace) -> None:
             raise command.UsageError(f"--layers: found {arguments.layers!r}, expected A-B, as 0-15")
         layers = (int(match[1]), int(match[2] or match[1]))
     if arguments.plot:
-        check_plot(Path(arguments.plot))
+        check_plot(Path(arguments.plot), Path(arguments.out))
     from vptq_quantizer import quantize  # torch takes seconds to load, and may be missing
 
     def warn(message: str) -> None:

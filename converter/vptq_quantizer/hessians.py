@@ -128,7 +128,7 @@ class HessianStore:
                 or (hessian.diagonal() < 0).any()
             ):
                 raise FileError(
-                    f"{path}: tensor {name}: found a NaN, an infinity, a square below 0, or a type that is "
+                    f"{path}: tensor {name}: found a NaN, an infinity, a diagonal below 0, or a type that is "
                     f"not F32; {REMEDY}"
                 )
         return hessians

@@ -78,14 +78,18 @@ def table(layers: Sequence[LayerReport]) -> Table:
     return result
 
 
-def check_plot(target: Path) -> None:
-    """Whether plot can write there, asked before hours of work; raises OptionError or FileError."""
+def check_plot(target: Path, out_dir: Path) -> None:
+    """Whether plot can write there, asked before hours of work; raises OptionError or FileError.
+
+    out_dir: will be there by then, if it is not yet.
+    """
     formats = _figure_class()().canvas.get_supported_filetypes()
     if target.suffix[1:].lower() not in formats:
         raise OptionError(f"--plot: {target}: expected a name that ends in .{', .'.join(sorted(formats))}")
     try:
         wanted = target if target.exists() else target.parent
-        writable = not target.is_dir() and os.access(wanted, os.W_OK)
+        to_come = not out_dir.exists() and target.parent.absolute() == out_dir.absolute()
+        writable = to_come or (os.access(wanted, os.W_OK) and not target.is_dir())
     except (OSError, ValueError) as error:  # ValueError: a null byte in its name
         raise FileError(f"--plot: {target}: cannot be written: {error}") from error
     if not writable:

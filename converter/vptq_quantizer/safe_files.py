@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -60,7 +61,8 @@ def _write(path: Path, write: Callable[[Path], object], what: str = "") -> None:
             temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner reads
             _sync(temporary)
             temporary.replace(path)
-            _sync(path.parent)
+            with contextlib.suppress(OSError):  # not every file system can do that
+                _sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:

@@ -175,7 +175,7 @@ def test_out_of_memory(
         raise error
 
     monkeypatch.setattr(model_quantizer, "collect", collect)
-    with pytest.raises(OutOfMemoryError, match="out of memory: .*memory"):
+    with pytest.raises(OutOfMemoryError, match=r"out of memory: .*memory"):
         quantize(model, tmp_path / "out", OPTIONS, calibration=[text])
 
 

@@ -16,7 +16,8 @@ SMALL = ["--vector-len", "4", "--centroids", "16", "--samples", "8", "--seq-len"
 def test_success(
     dense_model: Callable[[str], Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, picture = tmp_path / "out", tmp_path / "errors.png"
+    out = tmp_path / "out"
+    picture = out / "errors.png"  # the directory is new
     command = [str(dense_model("llama")), str(out), *SMALL, "--finetune", "--plot", str(picture)]
     assert cli.main([*command, "--calibration", str(text)]) == 0
     captured = capsys.readouterr()
@@ -81,7 +82,7 @@ def test_warnings_are_printed(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("errors.xyz", "expected a name that ends in .eps, .jpeg, "),
+        ("errors.xyz", "expected a name that ends in ."),
         ("nowhere/errors.png", "expected a file in a directory that can be written to"),
     ],
 )
