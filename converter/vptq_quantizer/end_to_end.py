@@ -1,8 +1,7 @@
 """End-to-end fine-tuning: centroids and norms of the whole model, trained to give the dense model's logits.
 
 The loss is the KL divergence of the quantised model's next-token distribution from the dense one's, on
-windows drawn from all of the calibration text. Indices stay as they are. Both models are in memory, in
-float32.
+windows drawn from the calibration text. Indices stay as they are. Both models are in memory, in float32.
 """
 
 from __future__ import annotations

@@ -9,11 +9,8 @@ from torch import Tensor
 from vptq_quantizer.nearest import MANY_CENTROIDS, inverted_file, nearest
 
 ITERATIONS = 25
-# A codebook is trained on at most so many vectors, drawn at random: more cost time and move the centroids
-# little.
+# At most so many vectors train a codebook, drawn at random: more cost time and move the centroids little.
 MOST_VECTORS = 1 << 20
-MOST_VECTORS_PER_CENTROID = 32  # ... or so many for each centroid, if that is more: 2 million for 65536
-MOST_DISTANCES = 1 << 28  # held at a time on a GPU: 1 GiB
 
 
 def sample(vectors: Tensor, weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """One linear layer, quantised: codebooks, then column after column, each column's error moved into the next.
 
-Everything here is in normalised, permuted coordinates: columns have mean 0 and variance 1 and stand in the
-order in which they are quantised, by falling h_ii. With W = V diag(s) + b, the proxy error tr(dW H dW^T) of W
-is that of V under diag(s) H diag(s).
+Everything here is in normalised, permuted coordinates: columns have mean 0 and variance 1, and stand in the
+order in which they are quantised, by falling h_ii. With W = V diag(s) + b, the proxy error tr(dW H dW^T) of
+W is that of V under diag(s) H diag(s).
 """
 
 from __future__ import annotations

@@ -8,11 +8,9 @@ from torch import Tensor
 
 MOST_DISTANCES = 1 << 28  # held at a time on a GPU: 1 GiB
 # From so many centroids on they are searched through an inverted file on the CPU: sqrt(k) lists of centroids
-# that lie
-# together, of which one in PROBED is looked into. Of 65536 normally distributed centroids of length 8 that
-# finds the
-# nearest in all of 1024 cases and takes an eighth of the time of a full search; the 8 nearest are 0.1 %
-# further away.
+# that lie together, of which one in PROBED is looked into. Of 65536 normally distributed centroids of length
+# 8 that finds the nearest in all of 1024 cases and takes an eighth of the time of a full search; the 8
+# nearest are 0.1 % further away.
 MANY_CENTROIDS = 4096
 PROBED = 16
 

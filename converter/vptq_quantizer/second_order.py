@@ -3,14 +3,15 @@
 D = W - Q (out_features, in_features) is the error, H the (damped) Hessian, tr(D H D^T) what is to be small.
 Both passes here quantise, for column j, the target
 
-    w_j + sum over i != j of d_i F_ij                                     F: feedback (in_features,
-    in_features)
+    w_j + sum over i != j of d_i F_ij         F: feedback (in_features, in_features)
 
-First pass: let H = U S U^T with U unit upper triangular and S diagonal. Then tr(D H D^T) = sum_j S_jj |(D
-U)_j|^2 and (D U)_j = w_j - q_j + sum over i < j of d_i U_ij, so with F = U every column is quantised to what
-is best given those before it. This is the error pushed through the Cholesky factor of the inverse Hessian, as
-GPTQ and VPTQ have it: that factor is S^(-1/2) U^(-1), and nothing has to be inverted here (the equivalence:
-QuIP, arXiv 2307.13304, theorem 6).
+First pass: let H = U S U^T with U unit upper triangular and S diagonal. Then
+
+    tr(D H D^T) = sum_j S_jj |(D U)_j|^2      (D U)_j = w_j - q_j + sum over i < j of d_i U_ij
+
+so with F = U every column is quantised to what is best given those before it. This is the error pushed
+through the Cholesky factor of the inverse Hessian, as GPTQ and VPTQ have it: that factor is S^(-1/2) U^(-1),
+and nothing has to be inverted here (the equivalence: QuIP, arXiv 2307.13304, theorem 6).
 
 Later passes: given all other columns, tr(D H D^T) is least at the target above with F_ij = H_ij / H_jj
 (coordinate descent), and so every column is quantised again.
@@ -37,9 +38,8 @@ def column_pass(
 ) -> None:
     """Quantises each column j to encode(j, target), which returns the column that it has chosen.
 
-    columns, quantised (in_features, out_features): a column of the weight is a row here; quantised is
-    overwritten. triangular: feedback is upper triangular, and quantised holds the columns themselves at
-    first.
+    columns, quantised (in_features, out_features): a column of the weight is a row here, and quantised is
+    overwritten. triangular: feedback is upper triangular, and at first quantised holds the columns.
     """
     n_columns = len(columns)
     for start in range(0, n_columns, BLOCK):
