@@ -18,28 +18,31 @@ from vptq_quantizer.codebook import Codebook, train
 from vptq_quantizer.options import QuantizeOptions
 from vptq_quantizer.quantized_linear import QuantizedLinear, Segment
 from vptq_quantizer.second_order import column_pass, sweep_feedback
+from vptq_runtime.errors import FileError
 
 LEAST_SCALE = 1e-4  # of a column whose weights are all alike; float16 holds it
+MOST_WEIGHT = 1e15  # normalised; squares of such, added up, stay finite in float32
 
 
 @dataclass
 class Problem:
     """A weight (out_features, in_features) in float32, and the Hessian that its error is measured with.
 
-    damped is (in_features, in_features), `damping` on its diagonal included.
+    damped is (in_features, in_features), `damping` on its diagonal included. name: the layer's, for errors.
     """
 
     weight: Tensor
     damped: Tensor
     damping: float
+    name: str = "layer"
 
     @classmethod
-    def of(cls, weight: Tensor, hessian: Tensor, relative_damping: float) -> Problem:
+    def of(cls, weight: Tensor, hessian: Tensor, relative_damping: float, name: str = "layer") -> Problem:
         """damping: relative_damping times the mean diagonal; 1 where that is 0, without any input."""
         damping = relative_damping * float(hessian.diagonal().mean()) or 1.0
         damped = hessian.clone()
         damped.diagonal().add_(damping)
-        return cls(weight, damped, damping)
+        return cls(weight, damped, damping, name)
 
     def normalised(self, perm: Tensor, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         """The weight's columns, as rows: (in_features, out_features), and the damped Hessian, in normalised,
@@ -50,6 +53,12 @@ class Problem:
             columns = (columns - shift[perm, None]) / s[:, None]
             hessian = hessian.mul_(s).mul_(s[:, None])
         return columns.contiguous(), hessian
+
+    def check(self, what: str, values: Tensor | None, most: float) -> None:
+        """Refuses numbers that are not from -most to most; raises FileError."""
+        if values is not None and not bool((values.abs() <= most).all()):  # a NaN is not, either
+            found = float(values.abs().max())
+            raise FileError(f"{self.name}: {what}: found {found:.6g}, expected numbers up to {most:.6g}")
 
     def objective(self, quantised: Tensor) -> Tensor:
         """tr(D H D^T) with the damped H and D = weight - quantised."""
@@ -80,16 +89,22 @@ def quantize_linear(
 ) -> QuantizedLinear:
     """Quantises problem.weight by `config`, in numbers that `dtype` (float16 or bfloat16) holds.
 
-    step(name, layer) is told the state after each step: "k-means", "second order".
+    step(name, layer) is told the state after each step: "k-means", "second order". Raises FileError for
+    weights that come out larger than `dtype` holds.
     """
+    most = torch.finfo(dtype).max
     weight, damped = problem.weight, problem.damped
     scale = shift = None
     if config.norm_dim == 0:
         shift = weight.mean(0).to(dtype).float()
         scale = weight.std(0, correction=0).clamp_min(LEAST_SCALE).to(dtype).float()
+    problem.check("deviations of its columns", scale, most)
+    problem.check("means of its columns", shift, most)
     importance = damped.diagonal() if scale is None else damped.diagonal() * scale.square()
     perm = importance.argsort(descending=True, stable=True)
     normalised, hessian = problem.normalised(perm, scale, shift)
+    problem.check("weights", normalised, MOST_WEIGHT)
+    problem.check("Hessian", hessian, torch.finfo(torch.float32).max)
 
     column_weights = hessian.diagonal() if options.hessian_weights else torch.ones_like(hessian.diagonal())
     segments = []
@@ -99,7 +114,10 @@ def quantize_linear(
     for width, v, k, r in parts:
         columns = slice(start, start + width)
         codebook = _train_codebook(normalised[columns], column_weights[columns], v, k, r, generator)
-        segments.append(Segment.encode(normalised[columns], start, codebook.rounded(dtype)))
+        codebook = codebook.rounded(dtype)
+        problem.check("centroids", codebook.centroids, most)
+        problem.check("residual centroids", codebook.res_centroids, most)
+        segments.append(Segment.encode(normalised[columns], start, codebook))
         start += width
     layer = QuantizedLinear(config, segments, perm, scale, shift)
     step("k-means", layer)

@@ -176,7 +176,9 @@ class _Run:
         reports = {}
         for i, (name, linear) in enumerate(modules.items()):
             hessian = hessians[HESSIAN_OF[name]].to(self.dense.device)
-            problem = Problem.of(linear.weight, hessian, self.options.damping)
+            problem = Problem.of(
+                linear.weight, hessian, self.options.damping, f"tensor model.layers.{n}.{name}.weight"
+            )
             # Seeded one by one, so that an interrupted run gives what a whole one does.
             seed = int(np.random.SeedSequence([self.options.seed, n, i]).generate_state(1)[0])
             quantised, reports[name] = self._quantize(

@@ -74,6 +74,28 @@ def test_a_number_that_float16_cannot_hold(model: Path, text: Path) -> None:
     refuse(model, text, FileError, rf"tensor {name}: found a number beyond 65504")
 
 
+@pytest.mark.parametrize(
+    ("weight", "normalize", "found"),
+    [
+        (1e6, True, "deviations of its columns: found inf, expected numbers up to 65504"),
+        (1e30, True, "deviations of its columns: found inf, expected numbers up to 65504"),
+        (1e5, False, r"centroids: found inf, expected numbers up to 65504"),
+        (1e30, False, r"weights: found 1e\+30, expected numbers up to 1e\+15"),
+    ],
+)
+def test_a_weight_that_leaves_what_is_stored_infinite(
+    weight: float, normalize: bool, found: str, model: Path, text: Path
+) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+
+    def large(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name].float()
+        tensors[name][3, 5] = weight
+
+    change_tensors(model, large)
+    refuse(model, text, FileError, rf"^tensor {name}: {found}", normalize=normalize, res_centroids=0)
+
+
 def test_a_missing_tensor(model: Path, text: Path) -> None:
     change_tensors(model, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     refuse(model, text, FileError, r"tensor model\.layers\.1\.mlp\.up_proj\.weight is missing")
