@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Generator, Iterator, Sequence
 from importlib import import_module
@@ -23,6 +24,15 @@ from vptq_runtime.tokenizer import Tokenizer
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a weight
 PIECE = 128  # tokens fed at once
+# Of a config.json, what a forward pass depends on. transformers sees nothing else of it: other keys are
+# another's affair, and some would make it fill the memory (num_labels) or read other keys (attribute_map).
+CONFIG_KEYS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "max_position_embeddings", "original_max_position_embeddings"),
+    *("rms_norm_eps", "hidden_act", "attention_bias", "mlp_bias", "tie_word_embeddings"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "layer_types"),
+    *("sliding_window", "use_sliding_window", "max_window_layers"),
+)
 
 
 class DenseModel:
@@ -66,7 +76,7 @@ class DenseModel:
         self._check_memory(n_weights * DTYPES[dtype])
         if n_threads is not None:
             self._torch.set_num_threads(n_threads)
-        self._model = self._load(dtype, checkpoint.config.values["architectures"][0])
+        self._model = self._load(dtype, checkpoint)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, with BOS where the tokenizer adds it."""
@@ -104,10 +114,12 @@ class DenseModel:
             gib = f"its weights take {needed / 2**30:.2f} GiB, {available / 2**30:.2f} GiB are available"
             raise OutOfMemoryError(f"{self._directory}: {gib}; in bfloat16 they take 2 bytes each")
 
-    def _load(self, dtype: str, architecture: str) -> Any:
-        with self._errors("load"), _quiet(self._transformers):
-            model, loaded = self._transformers.AutoModelForCausalLM.from_pretrained(
+    def _load(self, dtype: str, checkpoint: Checkpoint) -> Any:
+        with self._errors("load"), quiet(self._transformers):
+            causal_class, config = class_and_config(self._transformers, checkpoint)
+            model, loaded = causal_class.from_pretrained(
                 self._directory,
+                config=config,
                 dtype=getattr(self._torch, dtype),
                 local_files_only=True,
                 trust_remote_code=False,
@@ -115,11 +127,6 @@ class DenseModel:
                 output_loading_info=True,
             )
             model = model.eval().to(self._device)
-        if (found := type(model).__name__) != architecture:
-            expected = f"expected {architecture}, as architectures has it"
-            raise FileError(
-                f"{self._directory / 'config.json'}: model_type: found that of {found}, {expected}"
-            )
         if missing := [*loaded["missing_keys"], *loaded["mismatched_keys"]]:
             raise FileError(f"{self._directory}: transformers finds no {shown(missing[0])}, expected it")
         return model
@@ -133,6 +140,17 @@ class DenseModel:
             raise FileError(f"{self._directory}: transformers cannot {what} it: {reason}") from None
 
 
+def class_and_config(transformers: Any, checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """transformers' class of a checkpoint that read_model has checked, and its config of CONFIG_KEYS.
+
+    Raises whatever transformers does for what else is wrong with those: no common base.
+    """
+    values = checkpoint.config.values
+    causal_class = getattr(transformers, values["architectures"][0])
+    kept = {key: copy.deepcopy(values[key]) for key in CONFIG_KEYS if key in values}
+    return causal_class, causal_class.config_class(**kept)
+
+
 def _library(name: str) -> Any:
     try:
         return import_module(name)
@@ -142,7 +160,7 @@ def _library(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """Without its progress bar and its warnings."""
     logging = transformers.utils.logging
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vptq_converter.architectures import LINEARS, Model, read_model
 from vptq_converter.checkpoint import Checkpoint
 
+from vptq_runtime.dense_model import class_and_config, quiet
 from vptq_runtime.errors import FileError, UnsupportedError
 
 BATCH_TOKENS = 8192  # tokens that go through a layer at a time: bounds the memory of its activations
@@ -51,19 +52,24 @@ class DenseModel:
         self.n_layers = self.model.hyperparameters.n_layer
         self.n_vocab = self.model.hyperparameters.n_vocab
         # transformers' code without weights: what layers are called with (masks, positions) is its affair.
-        self.causal_class: Any = getattr(transformers, checkpoint.config.values["architectures"][0])
         try:
-            self.config = self.causal_class.config_class.from_dict(dict(checkpoint.config.values))
-            with torch.device("meta"):
-                self._body = self.causal_class._from_config(
-                    self.config, attn_implementation="sdpa", dtype=torch.float32
-                ).model
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise FileError(f"{checkpoint.config.path}: transformers cannot use it: {error}") from error
+            with quiet(transformers):
+                self.causal_class, self.config = class_and_config(transformers, checkpoint)
+                self._body = self._without_weights().model
+                rotary = type(self._body.rotary_emb)(self.config)  # its buffers are needed
+        except Exception as error:  # the library's have no common base
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise FileError(f"{checkpoint.config.path}: transformers cannot use it: {reason}") from error
         self._layers = list(self._body.layers)
         self._body.layers = nn.ModuleList(_Recorder() for _ in self._layers)
         self._body.norm = nn.Identity()
-        self._body.rotary_emb = type(self._body.rotary_emb)(self.config).to(device)  # its buffers are needed
+        self._body.rotary_emb = rotary.to(device)
+
+    def _without_weights(self) -> Any:
+        with torch.device("meta"):
+            return self.causal_class._from_config(
+                self.config, attn_implementation="sdpa", dtype=torch.float32
+            )
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(out_features, in_features) of a decoder layer's linear layers by their path in it."""
@@ -96,10 +102,8 @@ class DenseModel:
 
     def whole(self) -> nn.Module:
         """The whole model with its dense weights, in float32: for models that fit in memory."""
-        with torch.device("meta"):
-            model: Any = self.causal_class._from_config(
-                self.config, attn_implementation="sdpa", dtype=torch.float32
-            )
+        with quiet(transformers):
+            model = self._without_weights()
         names = [name for name in model.state_dict() if name in self.checkpoint.tensors]
         state = {
             name: torch.from_numpy(self.checkpoint.tensor(name).finite()).to(self.device) for name in names

@@ -8,13 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import write_checkpoint
 from configurations import ARCHITECTURES, CONFIGURATIONS
 from converted import change_json, change_tensors
 from dense_models import SMALL, write_text
+from hostile_config import NESTED, NOT_NEEDED
+from vptq_converter.checkpoint import Checkpoint
 from vptq_quantizer import QuantizeOptions, quantize
+from vptq_quantizer.dense_model import DenseModel
 
 from vptq_runtime import FileError, OptionError, UnsupportedError
 
@@ -46,6 +50,35 @@ def test_quantised_already(text: Path, tmp_path: Path) -> None:
 def test_an_architecture_that_is_not_supported(model: Path, text: Path) -> None:
     change_json(model / "config.json", lambda config: config.update(architectures=["GemmaForCausalLM"]))
     refuse(model, text, UnsupportedError, "'GemmaForCausalLM' is not supported, only LlamaForCausalLM")
+
+
+@pytest.mark.parametrize(("key", "value"), NOT_NEEDED.items())
+def test_keys_of_the_config_that_a_layer_does_not_need(
+    key: str, value: Any, model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    change_json(model / "config.json", lambda config: config.update({key: value}))
+    dense = DenseModel(Checkpoint(model), torch.device("cpu"))
+    hidden = dense.embed(np.arange(8)[None])
+    dense.advance(0, dense.load_layer(0), hidden)
+    assert hidden.isfinite().all()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("rope_parameters", NESTED, r"config\.json: transformers cannot use it: RecursionError"),
+        ("sliding_window", "a", r"config\.json: transformers cannot use it: .*sliding_window"),
+        ("max_window_layers", "a", r"config\.json: transformers cannot use it: .*max_window_layers"),
+    ],
+)
+def test_keys_that_it_needs(
+    key: str, value: Any, match: str, dense_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    """Of Qwen2 with its window switched off, so that vptq-convert does not look at them."""
+    model = Path(shutil.copytree(dense_model("qwen2"), tmp_path / "model"))
+    change_json(model / "config.json", lambda config: config.update({"rope_scaling": None, key: value}))
+    refuse(model, text, FileError, match)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

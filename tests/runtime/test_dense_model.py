@@ -13,6 +13,7 @@ import torch
 from checkpoints import write_checkpoint
 from configurations import ARCHITECTURES, VOCAB_SIZE
 from converted import change_json, change_tensors
+from hostile_config import NESTED, NOT_NEEDED
 from reference import Reference
 from vptq_converter.convert import convert
 
@@ -86,8 +87,7 @@ def set_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[P
         (lambda d: (d / "config.json").write_text("[]"), "config.json: content: found"),
         (set_config(quantization_config={"quant_method": "gptq"}), "expected dense weights"),
         (set_config(architectures=["GPT2LMHeadModel"]), "'GPT2LMHeadModel' is not supported"),
-        (set_config(model_type="mistral"), "model_type: found that of MistralForCausalLM, expected Llama"),
-        (set_config(model_type="nothing"), "transformers cannot load it: ValueError"),
+        (set_config(rope_parameters=NESTED), "transformers cannot load it: RecursionError"),
         (set_config(rms_norm_eps="small"), "rms_norm_eps: found 'small'"),
         (set_tensors(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")), "up_proj.weight is missing"),
         (set_tensors(lambda t: t.update(extra=torch.ones(1))), "tensor extra: found F32"),
@@ -104,6 +104,20 @@ def test_refused(dense: Path, tmp_path: Path, change: Callable[[Path], object], 
         DenseModel(directory)
     assert str(error.value).startswith(str(directory))
     assert re.search(message, str(error.value))
+
+
+@pytest.mark.parametrize(("key", "value"), NOT_NEEDED.items())
+def test_keys_that_the_forward_pass_does_not_need(
+    key: str, value: Any, dense: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They are not looked at, whatever they say: architectures alone says which model it is."""
+    expected = np.concatenate(list(DenseModel(dense).logits_in_pieces(TOKENS[:8])))
+    directory = shutil.copytree(dense, tmp_path / "changed")
+    set_config(**{key: value})(directory)
+    capfd.readouterr()
+    found = np.concatenate(list(DenseModel(directory).logits_in_pieces(TOKENS[:8])))
+    np.testing.assert_array_equal(found, expected)
+    assert capfd.readouterr().err == ""
 
 
 def test_code_in_a_checkpoint_is_not_run(dense: Path, tmp_path: Path) -> None:
