@@ -32,12 +32,26 @@ class Calibration:
         digest.update(self.windows.astype("<i8").tobytes())
         return digest.hexdigest()[:32]
 
+    @property
+    def n_trained(self) -> int:
+        """Tokens at the start of the stream that may be trained on; the rest, 5 %, is for measuring."""
+        return len(self.stream) - max(1, len(self.stream) // 20)
+
     def batch(self, step: int, n_windows: int, seed: int) -> NDArray[np.int64]:
-        """Windows (n_windows, seq_len) of step `step` of a training, drawn from the whole text."""
-        seq_len = self.windows.shape[1]
+        """Windows (n_windows, seq_len, or all of a shorter text) of step `step` of a training."""
+        seq_len = min(self.windows.shape[1], self.n_trained)
         rng = np.random.default_rng([seed, step])
-        starts = rng.integers(len(self.stream) - seq_len + 1, size=n_windows)
+        starts = rng.integers(self.n_trained - seq_len + 1, size=n_windows)
         return np.stack([self.stream[start : start + seq_len] for start in starts])
+
+    def held_out(self, most: int) -> NDArray[np.int64]:
+        """At most so many windows (n, seq_len, or all of a shorter text) of what is not trained on."""
+        rest = self.stream[self.n_trained :]
+        seq_len = min(self.windows.shape[1], len(rest))
+        n_windows = len(rest) // seq_len
+        windows = rest[: n_windows * seq_len].reshape(n_windows, seq_len)
+        chosen: NDArray[np.int64] = np.linspace(0, n_windows - 1, min(most, n_windows)).astype(np.int64)
+        return windows[chosen]
 
 
 def read_calibration(
