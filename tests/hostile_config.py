@@ -1,4 +1,4 @@
-"""Entries of a dense model's config.json that nobody who runs it has a use for, as no one should write them."""
+"""Entries of a dense model's config.json that a forward pass has no use for, as no one should write them."""
 
 from typing import Any
 

@@ -7,6 +7,7 @@ In turn, with the indices fixed, tr(D H D^T) is made small over centroids, resid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -40,9 +41,14 @@ def finetune_linear(
 def _fit(problem: Problem, layer: QuantizedLinear, dtype: torch.dtype) -> QuantizedLinear:
     """The layer with the same indices and better centroids, scale and shift, in numbers that dtype holds."""
     start = layer.parameters_by_name()
-    # Each parameter is measured in units in which the objective is equally curved along it (Jacobi).
+    # L-BFGS ends by absolute tolerances: what it sees is 1 at first, whatever size weight and Hessian have.
+    whole = float(problem.objective(layer.weight()))
+    if not 0 < whole < math.inf:
+        return layer
+    # Each parameter is measured in units in which that is equally curved along it (Jacobi).
     units = {
-        name: curvature.clamp_min(1e-20).rsqrt() for name, curvature in _curvatures(problem, layer).items()
+        name: (curvature / whole).clamp_min(1e-20).rsqrt()
+        for name, curvature in _curvatures(problem, layer).items()
     }
     changes = {name: torch.zeros_like(value, requires_grad=True) for name, value in start.items()}
     optimizer = torch.optim.LBFGS(
@@ -56,7 +62,7 @@ def _fit(problem: Problem, layer: QuantizedLinear, dtype: torch.dtype) -> Quanti
         optimizer.zero_grad()
         weight = changed().weight()
         difference = problem.weight - weight.detach()
-        product = difference @ problem.damped
+        product = difference @ problem.damped / whole
         weight.backward(-2 * product)  # type: ignore[no-untyped-call]
         return (product * difference).sum()
 
@@ -68,9 +74,10 @@ def _fit(problem: Problem, layer: QuantizedLinear, dtype: torch.dtype) -> Quanti
 
 @torch.no_grad()
 def _curvatures(problem: Problem, layer: QuantizedLinear) -> dict[str, Tensor]:
-    """Half the second derivative of the objective by each parameter, in the parameter's shape.
+    """Half the objective's second derivative by each parameter, in its shape, as if H were diagonal.
 
-    That of a centroid's numbers is the sum of h_ii s_i^2 over the vectors that use it.
+    For scale and shift that is exact. For a centroid's numbers it is the sum of h_ii s_i^2 over the vectors
+    that use it, without the 2 h_ij s_i s_j of pairs of these vectors in the same rows.
     """
     importance = problem.damped.diagonal()
     columns = layer.columns()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from fractions import Fraction
+from math import ceil
 
 from vptq_converter.layer import MAX_CENTROIDS, MAX_VECTOR_LENGTH, LayerConfig
 
@@ -64,19 +66,25 @@ class QuantizeOptions:
         """How one linear layer of that size is quantised; raises OptionError where it is too small for it."""
         g, n0 = self.groups, 0
         if self.outliers:
-            n0 = max(1, round(self.outliers / 100 * in_features))
+            n0 = ceil(Fraction(str(self.outliers)) * in_features / 100)  # exact: 7 % of 100 are 7
             n0 += (in_features - n0) % g
         if n0 >= in_features or (in_features - n0) % g:
             raise OptionError(
                 f"{module}: {in_features} input columns, {n0} of them outliers: found --groups {g}, "
                 "expected a divisor of the rest"
             )
+        perm = g > 1 or n0 > 0  # else the order of the columns is nobody's business but the sweep's
+        if perm and in_features > MAX_CENTROIDS:
+            raise OptionError(
+                f"{module}: {in_features} input columns: found --groups {g} and {n0} outliers, expected "
+                f"--groups 1 and none: the format numbers at most {MAX_CENTROIDS} columns"
+            )
         config = LayerConfig(
             in_features=in_features, out_features=out_features,
             v=self.vector_len, k=self.centroids, r=self.res_centroids, g=g,
             n0=n0, v0=self.outlier_vector_len if n0 else 0, k0=self.outlier_centroids if n0 else 0,
             packed=True,
-            perm=g > 1 or n0 > 0,  # else the order of the columns is nobody's business but the sweep's
+            perm=perm,
             norm_dim=0 if self.normalize else None,
         )  # fmt: skip
         self._check_counts(module, config)

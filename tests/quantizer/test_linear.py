@@ -14,6 +14,8 @@ from vptq_quantizer.finetune import finetune_linear
 from vptq_quantizer.layer_quantizer import Problem, quantize_linear
 from vptq_quantizer.quantized_linear import QuantizedLinear
 
+from vptq_runtime import FileError, OptionError
+
 PLAIN = QuantizeOptions(vector_len=4, centroids=32)
 OPTIONS = {
     "plain": PLAIN,
@@ -137,9 +139,72 @@ def test_a_dead_input_and_a_constant_column() -> None:
 
 
 def test_no_input_at_all() -> None:
-    layer, errors = quantise(Problem.of(problem(64, 96).weight, torch.zeros(96, 96), 0.01), PLAIN)
-    assert layer.weight().isfinite().all()
-    assert set(errors.values()) == {0.0}
+    """All weights count alike then, and are kept as well as by a Hessian of ones."""
+    weight = problem(64, 96).weight
+    layers = [quantise(Problem.of(weight, h, 0.01), PLAIN)[0] for h in (torch.zeros(96, 96), torch.eye(96))]
+    without, alike = (float((weight - layer.weight()).norm() / weight.norm()) for layer in layers)
+    assert without == pytest.approx(alike, rel=0.02)
+    assert without < 0.6
+
+
+@pytest.mark.parametrize("power", [-30, -20, 20, 30])
+def test_fine_tuning_does_not_depend_on_the_hessians_scale(power: int) -> None:
+    """By a power of two, so that all roundings are the same."""
+    p = problem(62, 96)
+    layer, _ = quantise(p, OPTIONS["residual"])
+    scaled = Problem(p.weight, p.damped * 2.0**power, p.damping * 2.0**power)
+    expected, found = (
+        finetune_linear(each, layer.with_own_indices(), torch.float16, lambda *_: None).tensors(torch.float16)
+        for each in (p, scaled)
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_outliers_are_at_least_so_many() -> None:
+    for percent, expected in ((1.4, 2), (0.1, 1), (7.0, 7), (2.0, 2), (2.5, 3)):
+        options = replace(PLAIN, outliers=percent, outlier_centroids=16)
+        assert options.layer_config("layer", 2048, 100).n0 == expected
+
+
+def test_a_permutation_numbers_at_most_65536_columns() -> None:
+    for options in (replace(PLAIN, groups=2), replace(PLAIN, outliers=1, outlier_centroids=4)):
+        assert options.layer_config("layer", 64, 65536).perm
+        with pytest.raises(OptionError, match=r"^layer: 65538 input columns: .* at most 65536 columns"):
+            options.layer_config("layer", 64, 65538)
+    assert not PLAIN.layer_config("layer", 64, 65538).perm
+
+
+@pytest.mark.parametrize(
+    ("normalize", "weight", "match"),
+    [
+        (True, 1e6, "deviations of its columns: found inf"),
+        (True, 1e20, "deviations of its columns: found inf"),
+        (False, 1e5, "centroids: found inf"),
+        (False, float("nan"), "weights: found nan"),
+    ],
+)
+def test_numbers_that_float16_does_not_hold(normalize: bool, weight: float, match: str) -> None:
+    p = problem(64, 96)
+    p.weight[3, 5] = weight
+    p.name = "tensor of this name"
+    with pytest.raises(FileError, match=f"^tensor of this name: {match}, expected numbers up to"):
+        quantise(p, replace(PLAIN, normalize=normalize))
+
+
+def test_a_large_mean() -> None:
+    p = problem(64, 96)
+    p.weight[:, 5] = 1e5
+    with pytest.raises(FileError, match=r"means of its columns: found inf, expected numbers up to 65504"):
+        quantise(p, PLAIN)
+    layer, _ = quantise(p, PLAIN, torch.bfloat16)
+    assert float(layer.weight()[:, 5].mean()) == pytest.approx(1e5, rel=2**-8)
+
+
+def test_a_hessian_that_is_not_finite() -> None:
+    p = problem(64, 96)
+    p.damped[3, 4] = torch.nan
+    with pytest.raises(FileError, match="layer: Hessian: found nan"):
+        quantise(p, PLAIN)
 
 
 def test_same_seed_same_layer() -> None:
