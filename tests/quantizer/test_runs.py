@@ -104,7 +104,8 @@ def test_a_killed_run_goes_on(model: Path, text: Path, whole: Path, tmp_path: Pa
         quantize({str(model)!r}, {str(out)!r}, {OPTIONS!r}, calibration=[{str(text)!r}])
         """
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=out.parent, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline()
         process.send_signal(signal.SIGKILL)
     assert [path.name for path in (out / ".parts").glob("layer*")] == ["layer-00000.safetensors"]
