@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -118,7 +119,7 @@ def checkpoint_directory(setting: Setting, configuration: Configuration, step: s
 
 
 def measured_vptq(setting: Setting, configuration: Configuration, step: str) -> Measured:
-    """Quantises, converts and measures."""
+    """Quantises, unless an earlier run has done it, converts and measures."""
     options = replace(
         configuration.options,
         **STEPS[step],
@@ -127,13 +128,16 @@ def measured_vptq(setting: Setting, configuration: Configuration, step: str) -> 
         seq_len=setting.n_ctx,
     )
     checkpoint = checkpoint_directory(setting, configuration, step)
-    report = quantize(
-        setting.dense,
-        checkpoint,
-        options,
-        calibration=[setting.calibration],
-        hessians=setting.directory / "hessians",
-    )
+    if (checkpoint / "config.json").exists():  # which is written last
+        report = json.loads((checkpoint / "report.json").read_text(encoding="utf-8"))
+    else:
+        report = quantize(
+            setting.dense,
+            checkpoint,
+            options,
+            calibration=[setting.calibration],
+            hessians=setting.directory / "hessians",
+        )
     file = checkpoint.with_name(f"{checkpoint.name}.gguf")
     convert(checkpoint, file)
     proxy_error = report["proxy_error"][list(report["proxy_error"])[-1]]

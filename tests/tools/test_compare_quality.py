@@ -1,6 +1,7 @@
 """tools/compare_quality.py: which models it makes and measures, of what, and what it makes of the figures."""
 
 import json
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -116,6 +117,19 @@ def test_a_second_run_measures_nothing_again(
     assert rows[2].startswith("| dense | dense | ")
     assert len(rows) == 2 + 1 + 6 + 2  # headings, dense, ours, what was scored
     assert rows[-1] == f"2 windows of {SEQ_LEN}: {2 * (SEQ_LEN // 2 - 1)} scored tokens"
+
+
+def test_what_was_quantised_but_not_measured_is_measured(
+    compared: Path, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where a run was stopped between the two."""
+    out = Path(shutil.copytree(compared, tmp_path / "out"))
+    before = json.loads((out / "report.json").read_text())
+    lost = before | {"measured": before["measured"][:-1]}
+    (out / "report.json").write_text(json.dumps(lost))
+    assert run(files, out, "--quants", "v4-k16-0-n,v4-k16-8-n", "--md") == 0
+    capsys.readouterr()
+    assert json.loads((out / "report.json").read_text()) == before
 
 
 def test_configurations() -> None:
