@@ -189,6 +189,20 @@ class Operations:
     ) -> Array:
         """Of the last tokens, all of them parts of a prompt (which may be rounded), or all generated."""
 
+def split_layers(
+    *,
+    layers: Sequence[float],
+    embedding: float,
+    output: float,
+    shared: float,
+    n_layers: int,
+    free: Sequence[int],
+) -> list[int]:
+    """For tests: how many of the last n_layers layers each GPU gets, as native/src/placement.h says.
+
+    An empty list where they do not fit. Sizes are bytes.
+    """
+
 def cpu_isas() -> list[str]:
     """Instruction sets that this build has and this processor can run, best first; the last is generic."""
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import chain
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jinja2 import TemplateError, nodes
 from jinja2.compiler import CodeGenerator, Frame
@@ -32,6 +32,9 @@ from jinja2.utils import Namespace
 from vptq_runtime.errors import FileError, OptionError, UnsupportedError
 from vptq_runtime.generation import shown
 
+if TYPE_CHECKING:
+    from vptq_runtime.tokenizer import Tokenizer
+
 Message = Mapping[str, Any]
 T = TypeVar("T")
 
@@ -41,6 +44,7 @@ MAX_CHARACTERS = 2**20  # of what one operation may give, and of the result
 MAX_TOTAL = 2**27  # characters of what all operations of one rendering may give
 ELEMENT = 8  # characters that an element of a list counts as: the bytes of a pointer
 WIDTH_FILTERS = ("batch", "center", "indent", "round", "slice", "tojson", "truncate", "wordwrap")
+SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # templates' names, GGUF's
 NO_TEMPLATE = (
     "the model has no chat template (tokenizer.chat_template), expected an instruct model's; "
     "to continue a text, use generate (vptq-run: -p without --chat)"
@@ -66,6 +70,17 @@ class ChatTemplate:
         with self._template_errors():
             _budget.left = MAX_TOTAL  # jinja2 works constants out while it compiles
             self._template = _Sandbox().from_string(template)
+
+    @classmethod
+    def of_file(cls, metadata: Mapping[str, Any], tokenizer: Tokenizer, file: str) -> ChatTemplate:
+        """That of a GGUF file's metadata, with the special tokens that are named there."""
+        special_tokens = {}
+        for name, key in SPECIAL_TOKENS.items():
+            token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
+            token = tokenizer.token(token_id) if isinstance(token_id, int) else None
+            if token is not None:
+                special_tokens[f"{name}_token"] = token
+        return cls(metadata.get("tokenizer.chat_template"), special_tokens, file)
 
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt that asks for the assistant's next message.

@@ -136,8 +136,15 @@ class DenseModel:
         try:
             yield
         except Exception as error:  # the library's, PyTorch's, the system's: no common base
+            if is_out_of_memory(error):
+                raise OutOfMemoryError(f"{self._directory}: no memory to {what} it: {error}") from None
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise FileError(f"{self._directory}: transformers cannot {what} it: {reason}") from None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether this is PyTorch's way to say that memory is short, on the CPU or a GPU: RuntimeErrors."""
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
 
 
 def class_and_config(transformers: Any, checkpoint: Checkpoint) -> tuple[Any, Any]:

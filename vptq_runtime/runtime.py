@@ -42,7 +42,6 @@ __all__ = ["Generation", "GenerationStream", "Runtime", "Timings"]
 DEFAULT_N_CTX = 4096  # at most; a KV cache for all that a model was trained on can be larger than the model
 LONG_TOKEN = 64  # characters; some more than tokens have, for what normalizers drop
 MAX_INT = 2**31 - 1
-SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # templates' names, GGUF's
 DEVICES = ("auto", "cpu", "cuda")
 KV_TYPES = ("f16", "f32", "q8_0")
 PRECISIONS = ("auto", "f32")
@@ -476,13 +475,7 @@ class Runtime:
     def _chat_template(self) -> ChatTemplate:
         from vptq_runtime.chat import ChatTemplate  # jinja2 is only loaded for a chat
 
-        tokenizer, special_tokens = self._need_tokenizer(), {}
-        for name, key in SPECIAL_TOKENS.items():
-            token_id = self.metadata.get(f"tokenizer.ggml.{key}_token_id")
-            token = tokenizer.token(token_id) if isinstance(token_id, int) else None
-            if token is not None:
-                special_tokens[f"{name}_token"] = token
-        return ChatTemplate(self.metadata.get("tokenizer.chat_template"), special_tokens, self._path)
+        return ChatTemplate.of_file(self.metadata, self._need_tokenizer(), self._path)
 
     def _file_tokens(self, key: str) -> list[int]:
         """Token ids that the file has under a key: one, several or none."""

@@ -133,7 +133,8 @@ def _show(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
     Console().print(table(report["layers"]))
     if "end_to_end" in report:
         before, after = report["end_to_end"]["kl_divergence"]
-        print(f"end to end: KL divergence from the dense model {before:.4f} before, {after:.4f} after")
+        kept = "" if report["end_to_end"]["kept"] else ": no better, so the training is not kept"
+        print(f"end to end: KL divergence from the dense model {before:.4f} before, {after:.4f} after{kept}")
     if report["finished"]:
         print(
             f"{arguments.out}: {report['bits_per_weight']:.3f} bits per quantised weight "

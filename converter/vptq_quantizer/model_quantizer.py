@@ -30,6 +30,7 @@ from vptq_quantizer.layer_quantizer import Problem, quantize_linear
 from vptq_quantizer.options import QuantizeOptions, option_error
 from vptq_quantizer.quantized_linear import QuantizedLinear, config_entry
 from vptq_quantizer.report import run_report
+from vptq_runtime.dense_model import is_out_of_memory
 from vptq_runtime.errors import OptionError, OutOfMemoryError, UnsupportedError
 
 Show = Callable[[str, float], object]  # told what is being done, and how many steps of the bar that finishes
@@ -37,11 +38,11 @@ Show = Callable[[str, float], object]  # told what is being done, and how many s
 
 @contextmanager
 def _memory_errors() -> Iterator[None]:
-    """PyTorch's way to say that memory is short, a RuntimeError, as ours."""
+    """PyTorch's out of memory as ours."""
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        if is_out_of_memory(error):
             raise OutOfMemoryError(f"out of memory: {error}") from error
         raise
 

@@ -26,11 +26,6 @@ FOREIGN = r"layer-00001\.safetensors: found a part of another run or another lay
 
 
 @pytest.fixture(scope="module")
-def model(dense_model: Callable[[str], Path]) -> Path:
-    return dense_model("llama")
-
-
-@pytest.fixture(scope="module")
 def whole(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both decoder layers are there, but no checkpoint yet: not to be changed."""
     out = tmp_path_factory.mktemp("whole") / "out"

@@ -4,10 +4,11 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dense_models import SEQ_LEN
-from vptq_quantizer import cli
+from vptq_quantizer import cli, model_quantizer
 from vptq_quantizer.report import plot
 
 SMALL = ["--vector-len", "4", "--centroids", "16", "--samples", "8", "--seq-len", str(SEQ_LEN)]
@@ -47,6 +48,23 @@ def test_a_part(
     assert "1 of 2 decoder layers are finished, others still to do" in capsys.readouterr().out
     assert cli.main([*command, "--layers", "0-1"]) == 0
     assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_whether_a_training_is_kept_is_said(
+    kept: bool, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    real = model_quantizer.tune
+
+    def tune(*arguments: Any) -> Any:
+        tensors, report = real(*arguments)
+        return tensors, report | {"kept": kept}
+
+    monkeypatch.setattr(model_quantizer, "tune", tune)
+    command = [str(model), str(tmp_path / "out"), *SMALL, "--calibration", str(text), "--end-to-end", "1"]
+    assert cli.main(command) == 0
+    assert ("no better, so the training is not kept" in capsys.readouterr().out) is not kept
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,6 @@ N_LAYERS = 2  # of the dense models
 
 
 @pytest.fixture(scope="module")
-def model(dense_model: Callable[[str], Path]) -> Path:
-    return dense_model("llama")
-
-
-@pytest.fixture(scope="module")
 def whole(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What an uninterrupted run gives."""
     out = tmp_path_factory.mktemp("whole") / "out"

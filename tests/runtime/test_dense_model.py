@@ -153,6 +153,29 @@ def test_too_little_memory(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None
         DenseModel(dense)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["GPU", "CPU"],
+)
+def test_memory_that_ends_while_computing(
+    error: RuntimeError, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = DenseModel(dense)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(model, "_model", fail)
+    monkeypatch.setattr(model._transformers, "DynamicCache", lambda config: None)
+    monkeypatch.setattr(fail, "config", None, raising=False)
+    with pytest.raises(OutOfMemoryError, match=f"{dense}: no memory to compute it: .*memory"):
+        list(model.logits_in_pieces(TOKENS))
+
+
 def test_without_pytorch(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("torch", "transformers"):
         with monkeypatch.context() as missing:
