@@ -82,7 +82,10 @@ class Perplexity:
         """Of one value for each scored token; its error is over `windows.error_over`."""
         if self.windows.error_over == "tokens":
             return Estimate.of_mean(values, np.arange(len(values)))
-        begins = [self.windows.n_scored_of(n) for n in range(self.n_windows)]
+        # Of windows that overlap, as many together as score a context of new tokens: what each of them adds
+        # may be a few tokens, which depend on those before them as the others of a window do.
+        together = self.windows.n_ctx // self.windows.stride
+        begins = [self.windows.n_scored_of(n) for n in range(0, self.n_windows, together)]
         return Estimate.of_mean(values, np.array(begins))
 
     @property

@@ -92,8 +92,9 @@ class ScoredWindows:
 
     @property
     def error_over(self) -> str:
-        """What standard errors take as independent: windows, as the tokens of one belong to one text; by the
-        method llama.cpp tokens, as there, which makes them smaller."""
+        """What standard errors take as independent: windows, as the tokens of one belong to one text, and of
+        those that overlap n_ctx // stride together; by the method llama.cpp tokens, as there, which makes
+        them smaller."""
         return "tokens" if self.method == "llama.cpp" else "windows"
 
     def __iter__(self) -> Iterator[tuple[list[int], int]]:

@@ -115,11 +115,17 @@ def test_a_stride_scores_every_token_once(exact: Runtime, reference: Reference) 
     losses = losses_by_hand(reference, windows)
     assert (result.n_windows, len(result.nll)) == (14, 193)  # tokens 1 ... 193
     np.testing.assert_allclose(result.nll, np.concatenate(losses), rtol=0, atol=1e-4)
-    # Windows of unequal weight: the error of a ratio of two means, the sums of losses and their numbers.
-    mean, sums = result.nll.mean(), np.array([loss.sum() for loss in losses])
-    residuals = sums - mean * np.array([len(loss) for loss in losses])
-    error = np.std(residuals, ddof=1) / math.sqrt(14) / (193 / 14)
+
+
+def test_overlapping_windows_are_no_observations(exact: Runtime) -> None:
+    """As many of them as score a context are one: else a smaller stride would make the error smaller."""
+    result = perplexity(exact, TOKENS[:200], n_ctx=64, stride=10)
+    parts = [result.nll[start:end] for start, end in ((0, 113), (113, 173), (173, 193))]  # 6, 6, 2 windows
+    # Parts of unequal weight: the error of a ratio of two means, the sums of losses and their numbers.
+    residuals = np.array([part.sum() - result.nll.mean() * len(part) for part in parts])
+    error = np.std(residuals, ddof=1) / math.sqrt(3) / (193 / 3)
     assert result.mean_nll.standard_error == pytest.approx(error, rel=1e-4)
+    assert perplexity(exact, TOKENS[:100], n_ctx=64, stride=10).mean_nll.standard_error is None
 
 
 def test_stop_early(runtime: Runtime) -> None:
