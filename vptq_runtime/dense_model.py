@@ -112,7 +112,8 @@ class DenseModel:
             raise UnsupportedError("device cuda: PyTorch finds no GPU, expected one, or the device cpu")
         if needed > available:
             gib = f"its weights take {needed / 2**30:.2f} GiB, {available / 2**30:.2f} GiB are available"
-            raise OutOfMemoryError(f"{self._directory}: {gib}; in bfloat16 they take 2 bytes each")
+            less = "in bfloat16 they take 2 bytes each; vptq-convert makes a file of them, which is mapped"
+            raise OutOfMemoryError(f"{self._directory}: {gib}; {less}")
 
     def _load(self, dtype: str, checkpoint: Checkpoint) -> Any:
         with self._errors("load"), quiet(self._transformers):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vptq_runtime import command, demo_path
-from vptq_runtime.errors import OptionError
+from vptq_runtime.errors import OptionError, OutOfMemoryError
 from vptq_runtime.scored_windows import METHODS, check_options
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ OPTION_NAMES = command.RUNTIME_OPTIONS | {
     "max_windows": "--windows",
     "dtype": "--compare-dtype",
 }
+TOKENIZER_BYTES = 150  # of memory for a byte of ordinary text
 DESCRIPTION = "Perplexity of a VPTQ model on a text, and how far its predictions are from another model's."
 EPILOG = """\
 The texts, UTF-8, are joined as they are and cut into windows of -c tokens. --method papers scores every token
@@ -35,8 +36,9 @@ llama-perplexity does. Figures of the two do not compare, nor do those of other 
 over windows; with llama.cpp it takes the tokens as independent, as there, and is smaller than the truth.
 
 --compare takes a GGUF file as -m does, and runs it with the same options; or the directory of a dense
-checkpoint, which transformers runs (pip install "vptq-runtime[quantize]"). The KL divergence is from it to
-the model, the ratio is the model's perplexity over its.
+checkpoint, which transformers runs (pip install "vptq-runtime[quantize]") with all weights in memory. Of one,
+too, vptq-convert makes a file: that is faster, and not loaded whole. The KL divergence is from it to the
+model, the ratio is the model's perplexity over its.
 
   vptq-perplexity -m model.gguf wiki.test.raw -c 2048
   vptq-perplexity -m model.gguf wiki.test.raw -c 2048 --compare ./Llama-3.1-8B --windows 20
@@ -63,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         default=METHODS[0],
         help=f"which tokens of a window are scored: {' or '.join(METHODS)} (default: %(default)s)",
     )
-    p.add_argument("--windows", metavar="N", type=int, help="stop after N windows")
+    p.add_argument("--windows", "--chunks", metavar="N", type=int, help="stop after N windows")
     p.add_argument(
         "--stride",
         metavar="N",
@@ -119,6 +121,7 @@ def _measure(runtime: Runtime, text: str, arguments: argparse.Namespace) -> None
     from vptq_runtime.perplexity import running_comparison, running_perplexity, windows_of
     from vptq_runtime.perplexity_report import print_report
 
+    _check_memory(text)
     tokens = runtime.tokenize(text)
     windows = windows_of(runtime, tokens, **_window_options(arguments))
     if windows.n_ctx < runtime.n_ctx:
@@ -144,6 +147,20 @@ def _measure(runtime: Runtime, text: str, arguments: argparse.Namespace) -> None
             report()
             raise
     report()
+
+
+def _check_memory(text: str) -> None:
+    """A tokenizer needs the whole text, as merges may reach over any cut; where its memory ends, so does the
+    process."""
+    from vptq_runtime import _native
+
+    n_bytes, available = len(text.encode()), _native.available_memory()
+    if TOKENIZER_BYTES * n_bytes > available:
+        needed = f"{TOKENIZER_BYTES * n_bytes / 2**30:.1f} GiB to tokenise, of which there are"
+        raise OutOfMemoryError(
+            f"text: found {n_bytes / 2**20:.0f} MiB, which take some {needed} {available / 2**30:.1f}, "
+            f"expected at most {available // TOKENIZER_BYTES >> 20} MiB"
+        )
 
 
 @contextlib.contextmanager

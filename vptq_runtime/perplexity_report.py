@@ -69,8 +69,10 @@ def _definition(perplexity: Perplexity) -> str:
         scored = f"one every {windows.stride}, what is new in each scored"
     else:
         scored = "all but the first token of each scored"
-    error = f"±: standard error over {windows.error_over}"
-    return f"{windows.method}: {n_windows}, {scored}: {len(perplexity.nll)} tokens ({error})"
+    error = f" (±: standard error over {windows.error_over})"
+    if perplexity.mean_nll.standard_error is None:
+        error = ""
+    return f"{windows.method}: {n_windows}, {scored}: {len(perplexity.nll)} tokens{error}"
 
 
 def _report(runtime: Runtime, result: Result, arguments: argparse.Namespace) -> dict[str, Any]:

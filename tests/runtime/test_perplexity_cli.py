@@ -19,7 +19,7 @@ from checkpoints import write_checkpoint
 from configurations import ARCHITECTURES, VOCAB_SIZE
 from converted import change_json, change_tensors
 
-from vptq_runtime import Runtime, command, demo_path, perplexity_cli
+from vptq_runtime import Runtime, _native, command, demo_path, perplexity_cli
 from vptq_runtime import perplexity as perplexity_module
 from vptq_runtime.dense_model import DenseModel
 from vptq_runtime.perplexity import Estimate, Perplexity, compare, perplexity
@@ -84,7 +84,7 @@ def test_result_to_stdout_speed_to_stderr(runtime: Runtime, model: Path, text: P
     ],
 )
 def test_the_definition_is_said(model: Path, text: Path, options: str, definition: str) -> None:
-    done = run("-m", model, text, "-c", "60", "--windows", "3", *options.split())
+    done = run("-m", model, text, "-c", "60", "--chunks", "3", *options.split())  # llama.cpp's name
     assert done.stdout.decode().splitlines()[1].startswith(f"{definition}: ")
 
 
@@ -194,7 +194,8 @@ def test_texts_are_joined_as_they_are(model: Path, text: Path, tmp_path: Path) -
 def test_a_short_text_is_said(model: Path) -> None:
     done = run("-m", model, "-", given=b"the quick brown fox")
     assert done.returncode == 0
-    assert b": 1 window of 5 tokens, all but the first" in done.stdout
+    line = b"papers: 1 window of 5 tokens, all but the first token of each scored: 4 tokens\n"
+    assert done.stdout.endswith(line)  # no standard error, and so no word of it
     note = "the text has 5 tokens, fewer than the context of 1024: they are the one window\n"
     assert done.stderr.decode().startswith(note)
 
@@ -335,6 +336,19 @@ def test_a_text_without_an_end(
     monkeypatch.setattr(command, "MAX_TEXT_BYTES", 1 << 20)
     message = failed("-m", model, "/dev/zero", capsys=capsys)
     assert message == "/dev/zero: found more than 1 MiB, expected a text of at most that"
+
+
+def test_a_text_that_takes_more_memory_than_there_is(
+    model: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the tokenizer takes it, which would end the process."""
+    monkeypatch.setattr(_native, "available_memory", lambda: 1 << 30)
+    monkeypatch.setattr(Runtime, "tokenize", lambda *_: pytest.fail("was tokenised"))
+    text = text.with_name("long")
+    text.write_bytes(b"the " * (2 << 20))
+    message = failed("-m", model, text, capsys=capsys)
+    found = "found 8 MiB, which take some 1.2 GiB to tokenise, of which there are 1.0"
+    assert message == f"TEXT: {found}, expected at most 6 MiB"
 
 
 def test_models_that_are_refused(
