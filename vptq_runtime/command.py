@@ -94,11 +94,14 @@ def run(name: str, body: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        # The interpreter writes what is left once more at its end: into nothing.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        source = error.filename
+        if source is None:
+            source = "standard output"
+            # The interpreter writes what is left once more at its end: into nothing.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # whoever read has seen enough
             return 141  # 128 + SIGPIPE, as of a command that dies of it
-        print(f"{name}: error: standard output: {error.strerror}", file=sys.stderr)
+        print(f"{name}: error: {FileError(f'{source}: {error.strerror}')}", file=sys.stderr)
         return 1
 
 
@@ -183,7 +186,10 @@ def read_text(file: str) -> str:
 
 def read_stdin() -> str:
     """Standard input to its end, a text in UTF-8."""
-    return _read(sys.stdin.buffer, "standard input")
+    try:
+        return _read(sys.stdin.buffer, "standard input")
+    except OSError as error:
+        raise FileError(f"standard input: cannot be read: {error.strerror}") from None
 
 
 def _read(stream: BinaryIO, source: str) -> str:

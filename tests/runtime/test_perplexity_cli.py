@@ -329,6 +329,14 @@ def test_a_directory_is_no_text(model: Path, tmp_path: Path, capsys: pytest.Capt
     assert message == f"{tmp_path}: cannot be read: Is a directory"
 
 
+def test_standard_input_that_cannot_be_read(model: Path, tmp_path: Path) -> None:
+    command = [*COMMAND, "-m", str(model), "-"]
+    with (tmp_path / "written").open("wb") as written:
+        done = subprocess.run(command, stdin=written, capture_output=True, timeout=60)
+    message = "vptq-perplexity: error: standard input: cannot be read: Bad file descriptor\n"
+    assert (done.returncode, done.stderr.decode()) == (1, message)
+
+
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no /dev/zero here")
 def test_a_text_without_an_end(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -361,6 +369,8 @@ def test_models_that_are_refused(
     assert said("-m", missing).startswith(f"{missing}: ")
     assert said("-m", model, "--compare", missing).startswith(f"{missing}: ")
     assert said("-m", model, "--compare", text).startswith(f"{text}: ")  # no GGUF file
+    long = "a" * 300
+    assert re.fullmatch(f"{long}: .*File name too long", said("-m", model, "--compare", long))
     assert said("-m", model, "--compare", tmp_path).startswith(f"{tmp_path}: found no .safetensors file")
     message = said("-m", model, "--compare", checkpoint)  # what the model was made of
     assert message.startswith(f"{checkpoint / 'config.json'}: quantization_config: found")
