@@ -39,10 +39,11 @@ from quality_models import (
     measured_here,
     measured_vptq,
 )
+from vptq_quantizer.safe_files import write_json
 
 from vptq_runtime import command
 from vptq_runtime.bench_report import print_table
-from vptq_runtime.errors import OptionError
+from vptq_runtime.errors import FileError, OptionError
 from vptq_runtime.generation import check_int
 
 LAYER_WISE = list(STEPS)[:-1]
@@ -118,10 +119,13 @@ class Results:
         self.setting = _as_json(setting)
         self.measured: list[Measured] = []
         if self.path.exists():
-            report = json.loads(self.path.read_text(encoding="utf-8"))
-            if report["setting"] != self.setting:
+            try:
+                report = json.loads(command.read_text(str(self.path)))
+                found, self.measured = report["setting"], [Measured(**each) for each in report["measured"]]
+            except (ValueError, KeyError, TypeError) as error:
+                raise FileError(f"{self.path}: found another program's report, expected none") from error
+            if found != self.setting:
                 raise OptionError(f"{setting.directory}: found the report of another setting, expected none")
-            self.measured = [Measured(**each) for each in report["measured"]]
 
     def get(self, name: str, step: str, measure: Callable[[], Measured]) -> Measured:
         for each in self.measured:
@@ -130,7 +134,7 @@ class Results:
         each = measure()
         self.measured.append(each)
         report = {"setting": self.setting, "measured": [asdict(each) for each in self.measured]}
-        self.path.write_text(json.dumps(report, indent=2), encoding="utf-8")
+        write_json(self.path, report)
         found = f"perplexity {each.perplexity:.3f}, KL divergence {each.kl_divergence:.4f}"
         print(f"{name}, {step}: {each.bits:.3f} bits, {found}", file=sys.stderr, flush=True)
         return each
@@ -139,7 +143,8 @@ class Results:
 def _as_json(setting: Setting) -> dict[str, Any]:
     """What figures depend on."""
     files = {"calibration": setting.calibration, "held_out": setting.held_out}
-    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    texts = {name: command.read_text(str(path)) for name, path in files.items()}
+    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     names = ("n_ctx", "n_windows", "samples", "end_to_end")
     return {"model": str(setting.dense), **digests, **{name: getattr(setting, name) for name in names}}
 
@@ -184,9 +189,9 @@ def plot(measured: Sequence[Measured], target: Path) -> None:
         if best:
             axes.plot(*zip(*best, strict=True), marker=".", label=f"VPTQ, {step}")
     theirs = [each for each in measured if each.step == LLAMACPP and each.name != DENSE]
-    axes.plot(
-        [each.bits for each in theirs], [each.perplexity for each in theirs], "k--s", ms=4, label="llama.cpp"
-    )
+    if theirs:
+        bits, perplexities = [each.bits for each in theirs], [each.perplexity for each in theirs]
+        axes.plot(bits, perplexities, "k--s", ms=4, label="llama.cpp")
     for each in theirs:
         axes.annotate(
             each.name, (each.bits, each.perplexity), xytext=(4, 6), textcoords="offset points", fontsize=8

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from vptq_converter import convert
 from vptq_converter.facts import read_facts
 from vptq_quantizer import QuantizeOptions, quantize
 
-from vptq_runtime import Runtime
+from vptq_runtime import Runtime, command
 from vptq_runtime.errors import OptionError, VPTQError
 from vptq_runtime.perplexity import compare
 
@@ -152,7 +153,10 @@ def measured_vptq(setting: Setting, configuration: Configuration, step: str) -> 
 def measured_here(setting: Setting, file: Path, name: str, step: str) -> Measured:
     """A GGUF file of vptq-convert, by this runtime."""
     with setting.runtime(file) as runtime, setting.runtime(setting.dense_file()) as dense:
-        tokens = runtime.tokenize(setting.held_out.read_text(encoding="utf-8"))
+        tokens = runtime.tokenize(command.read_text(str(setting.held_out)))
+        if len(tokens) < setting.n_windows * setting.n_ctx:
+            windows = f"{setting.n_windows} windows of {setting.n_ctx}"
+            raise OptionError(f"--held-out: found {len(tokens)} tokens, expected enough for {windows}")
         found = compare(
             runtime,
             dense,
@@ -218,27 +222,35 @@ class LlamaCpp:
         )
 
     def _quantized(self, type_name: str) -> Path:
-        file = self.setting.directory / f"{type_name}.gguf"
-        if file.exists():
-            return file
-        importance = self.setting.directory / "imatrix.gguf"
         plain = str(self.setting.plain_file())
         n_ctx, n_threads = str(self.setting.n_ctx), str(self.setting.n_threads)
-        if not importance.exists():
+
+        def importance(file: Path) -> None:
             text = str(self.setting.calibration)
             sizes = ["-c", n_ctx, "-t", n_threads, "--no-ppl"]
-            self._run("llama-imatrix", "-m", plain, "-f", text, "-o", str(importance), *sizes)
-        kept = ["--token-embedding-type", "f16", "--output-tensor-type", "f16"]
-        self._run(
-            "llama-quantize", "--imatrix", str(importance), *kept, plain, str(file), type_name, n_threads
-        )
-        return file
+            self._run("llama-imatrix", "-m", plain, "-f", text, "-o", str(file), *sizes)
+
+        def quantized(file: Path) -> None:
+            matrix = ["--imatrix", str(self._made("imatrix.gguf", importance))]
+            kept = ["--token-embedding-type", "f16", "--output-tensor-type", "f16"]
+            self._run("llama-quantize", *matrix, *kept, plain, str(file), type_name, n_threads)
+
+        return self._made(f"{type_name}.gguf", quantized)
 
     def _base(self) -> Path:
         """The dense model's predictions, in 16 bits."""
-        file = self.setting.directory / "predictions.bin"
+        plain = self.setting.plain_file()
+        return self._made(
+            "predictions.bin", lambda file: self._perplexity(plain, "--kl-divergence-base", str(file))
+        )
+
+    def _made(self, name: str, make: Callable[[Path], object]) -> Path:
+        """A file that is there, or is made: under another name until it is whole."""
+        file = self.setting.directory / name
         if not file.exists():
-            self._perplexity(self.setting.plain_file(), "--kl-divergence-base", str(file))
+            unfinished = file.with_name(f"unfinished-{name}")
+            make(unfinished)
+            unfinished.replace(file)
         return file
 
     def _perplexity(self, file: Path, *more: str) -> str:
@@ -248,14 +260,14 @@ class LlamaCpp:
 
     def _run(self, program: str, *arguments: str) -> str:
         """What it prints. Raises VPTQError where it cannot be run, or fails."""
-        command = [str(self.programs / program), *arguments]
+        called = [str(self.programs / program), *arguments]
         try:
-            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+            done = subprocess.run(called, capture_output=True, encoding="utf-8", errors="replace")
         except OSError as error:
-            raise VPTQError(f"--llamacpp: {command[0]}: cannot be run: {error.strerror}") from error
+            raise VPTQError(f"--llamacpp: {called[0]}: cannot be run: {error.strerror}") from error
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or [""])[-1]
-            raise VPTQError(f"{shlex.join(command)}: ended with status {done.returncode}: {last}")
+            raise VPTQError(f"{shlex.join(called)}: ended with status {done.returncode}: {last}")
         return done.stdout + done.stderr
 
 

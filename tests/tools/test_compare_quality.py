@@ -1,6 +1,7 @@
 """tools/compare_quality.py: which models it makes and measures, of what, and what it makes of the figures."""
 
 import json
+import re
 import shutil
 import stat
 import sys
@@ -130,6 +131,40 @@ def test_what_was_quantised_but_not_measured_is_measured(
     assert run(files, out, "--quants", "v4-k16-0-n,v4-k16-8-n", "--md") == 0
     capsys.readouterr()
     assert json.loads((out / "report.json").read_text()) == before
+
+
+def test_a_program_that_is_stopped_leaves_nothing_that_is_taken_for_whole(
+    files: Path, compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs = Path(shutil.copytree(files / "llamacpp", tmp_path / "llamacpp"))
+    out = Path(shutil.copytree(compared, tmp_path / "out"))
+    options = ["--quants", "v4-k16-0-n,v4-k16-8-n", "--llamacpp", str(programs), "--llamacpp-types", "Q2_K"]
+    program = programs / "llama-quantize"
+    whole = program.read_text(encoding="utf-8")
+    program.write_text('#!/bin/sh\necho half > "$8"; exit 3\n', encoding="utf-8")  # the file it writes
+    assert run(files, out, *options) == 1
+    assert "llama-quantize" in capsys.readouterr().err and not (out / "Q2_K.gguf").exists()
+    program.write_text(whole, encoding="utf-8")
+    assert run(files, out, *options) == 0
+    assert (out / "Q2_K.gguf").read_bytes() == (out / "dense-f16.gguf").read_bytes()
+    capsys.readouterr()
+
+
+def test_refused(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A text with fewer windows than are asked for, texts that cannot be read, another program's report."""
+
+    def said(out: Path, *options: str) -> str:
+        assert run(files, out, *options) == 1
+        return capsys.readouterr().err.removeprefix("compare_quality: error: ")
+
+    expected = f"expected enough for 1000 windows of {SEQ_LEN}\n"
+    assert re.fullmatch(rf"--held-out: found \d+ tokens, {expected}", said(tmp_path, "--windows", "1000"))
+    for option in ("--calibration", "--held-out"):
+        assert said(tmp_path, option, "nowhere") == "nowhere: cannot be read: No such file or directory\n"
+    for report in ("{", "[]", '{"proxy_error": 1}'):
+        (tmp_path / "report.json").write_text(report, encoding="utf-8")
+        found = "found another program's report, expected none"
+        assert said(tmp_path) == f"{tmp_path / 'report.json'}: {found}\n"
 
 
 def test_configurations() -> None:
