@@ -36,9 +36,9 @@ llama-perplexity does. Figures of the two do not compare, nor do those of other 
 over windows; with llama.cpp it takes the tokens as independent, as there, and is smaller than the truth.
 
 --compare takes a GGUF file as -m does, and runs it with the same options; or the directory of a dense
-checkpoint, which transformers runs (pip install "vptq-runtime[quantize]") with all weights in memory. Of one,
-too, vptq-convert makes a file: that is faster, and not loaded whole. The KL divergence is from it to the
-model, the ratio is the model's perplexity over its.
+checkpoint, which transformers runs (pip install "vptq-runtime[quantize]") with all weights in memory: the
+file that vptq-convert makes of one is mapped, and needs no PyTorch. The KL divergence is from OTHER to the
+model, the ratio is the model's perplexity over OTHER's.
 
   vptq-perplexity -m model.gguf wiki.test.raw -c 2048
   vptq-perplexity -m model.gguf wiki.test.raw -c 2048 --compare ./Llama-3.1-8B --windows 20
