@@ -18,7 +18,7 @@ from vptq_converter.checkpoint import Checkpoint
 from vptq_converter.config import read_text
 
 from vptq_runtime import _native
-from vptq_runtime.errors import FileError, OutOfMemoryError, UnsupportedError
+from vptq_runtime.errors import FileError, OptionError, OutOfMemoryError, UnsupportedError
 from vptq_runtime.generation import check_choice, check_int, shown
 from vptq_runtime.tokenizer import Tokenizer
 
@@ -85,8 +85,14 @@ class DenseModel:
     def logits_in_pieces(self, tokens: Sequence[int], *, first: int = 0) -> Generator[NDArray[np.float32]]:
         """Logits of the token after each of tokens[first:], some n tokens at a time: float32 (n, n_vocab).
 
-        Raises FileError where they are not finite.
+        Raises OptionError for no tokens and for those that the model has not, FileError where the logits are
+        not finite.
         """
+        if not tokens:
+            raise OptionError("tokens: found none, expected at least one")
+        check_int("first", first, 0, len(tokens) - 1)
+        for index, token in enumerate(tokens):
+            check_int(f"tokens[{index}]", token, 0, self.n_vocab - 1)
         cache = self._transformers.DynamicCache(config=self._model.config)
         starts = [*range(0, first, PIECE), *range(first, len(tokens), PIECE)]
         for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):

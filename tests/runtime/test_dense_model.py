@@ -147,6 +147,18 @@ def test_options_out_of_range(dense: Path) -> None:
             DenseModel(dense, **{option: value})
 
 
+def test_tokens_that_it_has_not(dense: Path) -> None:
+    model = DenseModel(dense)
+    for tokens, first, message in (
+        ([], 0, "tokens: found none"),
+        ([0, VOCAB_SIZE], 0, rf"tokens\[1\]: found {VOCAB_SIZE}"),
+        ([-1], 0, r"tokens\[0\]: found -1"),
+        ([0, 1], 2, "first: found 2"),
+    ):
+        with pytest.raises(OptionError, match=f"{message}, expected"):
+            list(model.logits_in_pieces(tokens, first=first))
+
+
 def test_too_little_memory(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "available_memory", lambda: 500_000)
     with pytest.raises(OutOfMemoryError, match=r"its weights take 0\.00 GiB, 0\.00 GiB are available"):
