@@ -6,21 +6,28 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from vptq_converter.checkpoint import Checkpoint
 from vptq_converter.checkpoint import Tensor as StoredTensor
 from vptq_converter.config import Section
 
 from vptq_quantizer.dense_model import DenseModel
-from vptq_quantizer.hessians import REMEDY
-from vptq_quantizer.safe_files import copy, link, temporary_files, write_json, write_tensors
+from vptq_quantizer.safe_files import (
+    REMEDY,
+    copy,
+    link,
+    opened,
+    temporary_files,
+    write_json,
+    write_tensors,
+)
 from vptq_runtime.errors import FileError, OptionError, VPTQError
 
 COPIED_FILES = (
@@ -60,11 +67,12 @@ class CheckpointWriter:
             if not self._run_file.exists():
                 self._expect_new()
             self.parts.mkdir(parents=True, exist_ok=True)
-            self._lock = self._lock_file.open("ab")
+            # Not waiting: a pipe of that name would block.
+            self._lock = os.open(self._lock_file, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666)
             try:
                 self._begin()
             except BaseException:
-                self._lock.close()
+                os.close(self._lock)
                 raise
         except VPTQError:
             raise
@@ -75,7 +83,7 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        os.close(self._lock)
 
     def _expect_new(self) -> None:
         if (self.out_dir / "config.json").exists():
@@ -115,14 +123,6 @@ class CheckpointWriter:
         for path in temporary_files(self.out_dir) + temporary_files(self.parts):
             path.unlink(missing_ok=True)
 
-    def finished(self) -> dict[str, Any] | None:
-        """The report of a run that was stopped when all was done but tidying up, which is done now."""
-        if not (self.out_dir / "config.json").exists():
-            return None
-        report = Section.read(self.out_dir / "report.json").values
-        self._tidy()
-        return report
-
     def path(self, n: int, tuned: bool) -> Path:
         return self.parts / f"{'tuned' if tuned else 'layer'}-{n:05}.safetensors"
 
@@ -144,18 +144,15 @@ class CheckpointWriter:
         """Raises FileError for a damaged file and for one of another run or layer; without tensors, only the
         report is read."""
         path = self.path(n, tuned)
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                report = metadata.get("report", "")
-                if metadata.get("key") != self._key(path, report):
-                    raise FileError(
-                        f"{path}: found a part of another run or another layer, or a changed one; {REMEDY}"
-                    )
-                names = list(file.keys()) if with_tensors else []
-                return Part({name: file.get_tensor(name) for name in names}, json.loads(report))
-        except (SafetensorError, OSError) as error:
-            raise FileError(f"{path}: not a whole part of a checkpoint: {error}; {REMEDY}") from error
+        with opened(path) as file:
+            metadata = file.metadata() or {}
+            report = metadata.get("report", "")
+            if metadata.get("key") != self._key(path, report):
+                raise FileError(
+                    f"{path}: found a part of another run or another layer, or a changed one; {REMEDY}"
+                )
+            names = list(file.keys()) if with_tensors else []
+            return Part({name: file.get_tensor(name) for name in names}, json.loads(report))
 
     def _key(self, path: Path, report: str) -> str:
         """Goes with a part wherever it is copied: says which part of which run it is."""
@@ -197,10 +194,10 @@ class CheckpointWriter:
         self._tidy()
 
     def _tidy(self) -> None:
-        """Takes away what was the run's own; what it is a run of goes last, so that this can be stopped."""
+        """Takes away what was the run's own; what it is a run of goes first: with it, all parts are there."""
         parts = [path for kind in ("layer", "tuned") for path in self.parts.glob(f"{kind}-*.safetensors")]
         with contextlib.suppress(OSError):  # the checkpoint is there, with or without this
-            for path in (*parts, self._run_file, self._lock_file):
+            for path in (self._run_file, *parts, self._lock_file):
                 path.unlink(missing_ok=True)
             self.parts.rmdir()
 

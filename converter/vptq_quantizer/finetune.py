@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vptq_quantizer.layer_quantizer import Problem
+from vptq_quantizer.layer_quantizer import LEAST_SCALE, Problem
 from vptq_quantizer.quantized_linear import QuantizedLinear
 from vptq_quantizer.second_order import column_pass, coordinate_feedback
 
@@ -69,6 +69,9 @@ def _fit(problem: Problem, layer: QuantizedLinear, dtype: torch.dtype) -> Quanti
     optimizer.step(closure)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         fitted = changed().parameters_by_name()
+        if "scale" in fitted:  # best 0 where the weights are all alike, but columns are divided by it
+            small = fitted["scale"].abs() < LEAST_SCALE
+            fitted["scale"] = torch.where(small, start["scale"], fitted["scale"])
     return layer.with_parameters({name: value.to(dtype).float() for name, value in fitted.items()})
 
 

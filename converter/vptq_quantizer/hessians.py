@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from vptq_converter.checkpoint import Checkpoint
 
 from vptq_quantizer.dense_model import DenseModel, linears
-from vptq_quantizer.safe_files import write_tensors
+from vptq_quantizer.safe_files import REMEDY, opened, write_tensors
 from vptq_runtime.errors import FileError, OptionError
 
 # Linear layers that read the same input share a Hessian, which has the first one's name.
@@ -29,7 +26,6 @@ HESSIAN_OF = {
     "mlp.down_proj": "mlp.down_proj",
 }
 SAMPLED_BYTES = 1 << 15  # of each tensor's start go into a model's key: enough to tell two models apart
-REMEDY = "delete it to have it made again"
 
 
 def collect(dense: DenseModel, n: int, layer: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
@@ -73,24 +69,23 @@ def model_key(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()[:32]
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise FileError(f"{path}: not a whole safetensors file: {error}; {REMEDY}") from error
-
-
 class HessianStore:
     """A directory of Hessians, a safetensors file for each decoder layer.
 
-    calibration: the key of the calibration text, None to take them whatever they are from.
+    calibration: the key of the calibration text, None to take them whatever they are from. Raises FileError
+    for what cannot be one.
     """
 
     def __init__(self, directory: Path, model: str, calibration: str | None) -> None:
         self.directory = directory
         self.model, self.calibration = model, calibration
+        try:
+            next(directory.iterdir(), None)
+        except FileNotFoundError:
+            pass  # it is made when there is something to keep
+        except (OSError, ValueError) as error:  # ValueError: a null byte in its name
+            reason = getattr(error, "strerror", error)
+            raise FileError(f"--hessians: {directory}: cannot be used: {reason}") from error
 
     def path(self, n: int) -> Path:
         return self.directory / f"hessian-{n:05}.safetensors"
@@ -105,7 +100,7 @@ class HessianStore:
         return None
 
     def _metadata(self, path: Path) -> dict[str, str]:
-        with _opened(path) as file:
+        with opened(path) as file:
             return file.metadata() or {}
 
     def load(self, n: int, shapes: dict[str, int]) -> dict[str, Tensor]:
@@ -115,7 +110,7 @@ class HessianStore:
         """
         path = self.path(n)
         self._check(path, self._metadata(path))
-        with _opened(path) as file:
+        with opened(path) as file:
             hessians = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         found = {name: tuple(hessian.shape) for name, hessian in hessians.items()}
         expected = {name: (size, size) for name, size in shapes.items()}

@@ -94,7 +94,7 @@ def quantize(
     run = _Run(dense, options, configs, _stored_dtype(checkpoint), text, store)
     what = {**asdict(options), "model": model, "calibration": source}
     with CheckpointWriter(Path(out_dir), what) as writer:
-        return writer.finished() or run.into(writer, wanted)
+        return run.into(writer, wanted)
 
 
 @dataclass(frozen=True)

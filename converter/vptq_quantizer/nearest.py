@@ -50,7 +50,7 @@ def nearest(vectors: Tensor, centroids: Tensor, n: int) -> Tensor:
     """The n nearest of centroids (k, v) to each of vectors (m, v), the nearest first: (m, n)."""
     if not vectors.is_cuda:
         _, indices = faiss.knn(vectors.contiguous().numpy(), centroids.contiguous().numpy(), n)
-        return torch.from_numpy(indices)
+        return torch.from_numpy(indices).clamp_(min=0)  # -1: to what is not finite, none is near
     lengths = (centroids * centroids).sum(1)
     step = max(1, MOST_DISTANCES // len(centroids))
     found = []

@@ -7,15 +7,29 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vptq_runtime.errors import FileError
+
+REMEDY = "delete it to have it made again"
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file that write_tensors has made; raises FileError for a damaged one."""
+    try:
+        if not path.is_file():  # a pipe would block
+            raise FileError(f"{path}: found something that is not a regular file; {REMEDY}")
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"{path}: not a whole safetensors file: {error}; {REMEDY}") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -28,6 +28,13 @@ def test_nearest_are_the_nearest() -> None:
     assert torch.equal(nearest(vectors, centroids, 4), distances.argsort(1)[:, :4])
 
 
+@pytest.mark.parametrize("k", [8, MANY_CENTROIDS])
+def test_of_what_is_not_finite_some_centroid_is_found(k: int) -> None:
+    """So that a hopeless attempt ends, and is not kept."""
+    found = CentroidIndex(random(k, 2)).nearest(torch.tensor([[torch.nan, 0.0], [0.0, torch.inf]]), 2)
+    assert found.min() >= 0 and found.max() < k
+
+
 def test_of_many_centroids_nearly_the_nearest_are_found() -> None:
     vectors, centroids = random(300, 4), random(MANY_CENTROIDS, 4, seed=1)
     best, found = nearest(vectors, centroids, 2), CentroidIndex(centroids).nearest(vectors, 2)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from linear_problems import problem
+from linear_problems import hessian, problem
 from torch import Tensor
 from vptq_converter.layer import VPTQLinear
 from vptq_quantizer import QuantizeOptions
@@ -136,6 +136,16 @@ def test_a_dead_input_and_a_constant_column() -> None:
     layer, errors = quantise(Problem.of(weight, hessian, 0.01), replace(PLAIN, finetune=True))
     assert layer.weight().isfinite().all()
     assert errors["fine-tuning"] < errors["k-means"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fine_tuning_where_most_columns_are_constant(dtype: torch.dtype) -> None:
+    """The best scale for them is 0, which no column can be divided by."""
+    weight = problem(64, 96).weight
+    weight[:, :95] = 0.25
+    layer, errors = quantise(Problem.of(weight, hessian(96), 0.01), replace(PLAIN, finetune=True), dtype)
+    assert layer.scale is not None and bool((layer.scale.abs() > 0).all())
+    assert errors["fine-tuning"] < errors["second order"]
 
 
 def test_no_input_at_all() -> None:

@@ -1,6 +1,7 @@
 """OUT_DIR: whose parts are taken, who may write there, and what a run that was killed has left."""
 
 import fcntl
+import json
 import os
 import shutil
 import stat
@@ -91,22 +92,65 @@ def test_end_to_end_parts_that_are_damaged_or_missing(
         quantize(model, out, options, calibration=[text])
     tuned = out / ".parts" / "tuned-00000.safetensors"
     tuned.write_bytes(tuned.read_bytes()[:-1])
-    with pytest.raises(FileError, match=r"tuned-00000.safetensors: not a whole part .*; delete it"):
+    with pytest.raises(
+        FileError, match=r"tuned-00000.safetensors: not a whole safetensors file: .*; delete it"
+    ):
         quantize(model, out, options, calibration=[text])
     tuned.unlink()
     assert quantize(model, out, options, calibration=[text])["finished"]
     assert not (out / ".parts").exists()
 
 
-def test_a_run_that_was_killed_while_tidying_up(model: Path, text: Path, out: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("report", [None, "", "[]", '{"layers": [], "finished": 1e999}'])
+def test_a_run_that_was_killed_before_tidying_up(
+    report: str | None, model: Path, text: Path, out: Path, tmp_path: Path
+) -> None:
+    """All parts are there, so all that is made of them is made again: none of it is read."""
     shutil.copytree(out / ".parts", tmp_path / "parts")
-    report = quantize(model, out, OPTIONS, calibration=[text])
+    expected = quantize(model, out, OPTIONS, calibration=[text])
     shutil.move(tmp_path / "parts", out / ".parts")
-    part(out, 0).unlink()
+    if report is not None:
+        (out / "report.json").write_text(report)
     with pytest.raises(OptionError, match="found a run with seed 0, expected 1"):
         quantize(model, out, replace(OPTIONS, seed=1), calibration=[text])
-    assert quantize(model, out, OPTIONS, calibration=[text]) == report
+    assert quantize(model, out, OPTIONS, calibration=[text]) == expected
+    assert json.loads((out / "report.json").read_text()) == expected
     assert not (out / ".parts").exists()
+
+
+def test_a_run_that_was_killed_while_tidying_up(
+    model: Path, text: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is finished: what parts are left are nobody's."""
+    real = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path == part(out, 1):
+            raise KeyboardInterrupt
+        real(path, missing_ok)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", unlink)
+        quantize(model, out, OPTIONS, calibration=[text])
+    assert part(out, 1).exists()
+    with pytest.raises(OptionError, match=r"found a config\.json, so a whole model"):
+        quantize(model, out, OPTIONS, calibration=[text])
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_parts_that_are_no_files(make: Callable[[Path], Any], model: Path, text: Path, out: Path) -> None:
+    part(out, 1).unlink()
+    make(part(out, 1))
+    with pytest.raises(FileError, match=r"layer-00001\.safetensors: found something that is not a regular"):
+        quantize(model, out, OPTIONS, calibration=[text])
+
+
+def test_a_lock_that_is_a_pipe(model: Path, text: Path, tmp_path: Path) -> None:
+    lock = tmp_path / "out" / ".parts" / "lock"
+    lock.parent.mkdir(parents=True)
+    os.mkfifo(lock)
+    with pytest.raises(FileError, match="out: cannot be used: No such device"):
+        quantize(model, tmp_path / "out", OPTIONS, calibration=[text])
 
 
 def test_what_killed_writers_have_left(model: Path, text: Path, out: Path) -> None:

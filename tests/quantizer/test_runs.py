@@ -165,6 +165,30 @@ def test_damaged_hessians(model: Path, text: Path, tmp_path: Path) -> None:
         quantize(model, tmp_path / "b", SMALL, calibration=[text], hessians=tmp_path / "h")
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("x" * 300, "File name too long"), ("a\0b", "null byte"), ("file", "Not a directory")],
+)
+def test_hessians_where_no_directory_can_be(
+    name: str, reason: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FileError, match=f"--hessians: .*: cannot be used: .*{reason}"):
+        quantize(model, tmp_path / "out", SMALL, calibration=[text], hessians=tmp_path / name)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_hessians_that_are_no_files(
+    make: Callable[[Path], Any], model: Path, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "h").mkdir()
+    make(tmp_path / "h" / "hessian-00000.safetensors")
+    for calibration in ([], [text]):
+        with pytest.raises(FileError, match=r"hessian-00000\.safetensors: found something that is not a reg"):
+            quantize(model, tmp_path / "out", SMALL, calibration=calibration, hessians=tmp_path / "h")
+
+
 @pytest.mark.parametrize("change", [{"centroids": 8}, {"seed": 1}, {"finetune": False}, {"damping": 0.1}])
 def test_other_options_are_refused(change: dict[str, Any], model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
