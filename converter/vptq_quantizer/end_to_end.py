@@ -61,7 +61,9 @@ def tune(
     trained on; and "kept": where the training did not lower it, everything is as it was before.
     """
     teacher = dense.whole()
-    student = copy.deepcopy(teacher)
+    # Norms are copied, as they are trained; all else is the teacher's own, or soon replaced.
+    shared = {id(p): p for name, p in teacher.named_parameters() if not name.endswith("norm.weight")}
+    student = copy.deepcopy(teacher, shared)
     linears = _put_in(student, configs, parts, dense.device)
     norms = {name: p for name, p in student.named_parameters() if name.endswith("norm.weight")}
     for norm in norms.values():

@@ -53,6 +53,22 @@ def test_the_loss_is_measured_on_the_numbers_that_are_stored(
     assert measured == [True, True]
 
 
+def test_what_is_not_trained_is_in_memory_once(
+    dense_model: Callable[[str], Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common: set[str] = set()
+    real = end_to_end._divergence
+
+    def divergence(teacher: nn.Module, student: nn.Module, tokens: Tensor) -> Tensor:
+        of_teacher = {p.data_ptr() for p in teacher.parameters()}
+        common.update(name for name, p in student.named_parameters() if p.data_ptr() in of_teacher)
+        return real(teacher, student, tokens)
+
+    monkeypatch.setattr(end_to_end, "_divergence", divergence)
+    quantize(dense_model("llama"), tmp_path / "out", replace(SMALL, end_to_end=1), calibration=[text])
+    assert common == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
 @pytest.mark.parametrize("rate", [30.0, float("nan")])
 def test_a_training_that_makes_it_worse_is_not_kept(
     rate: float,
