@@ -57,9 +57,9 @@ class QuantizeOptions:
                 self.res_centroids,
                 f"at most --centroids ({self.centroids}): the published vptq package reads no larger ones",
             )
-        if not 0 <= self.outliers <= 50:
+        if type(self.outliers) not in (int, float) or not 0 <= self.outliers <= 50:
             raise option_error("outliers", self.outliers, "a percentage from 0 to 50")
-        if not 0 < self.damping <= 10:
+        if type(self.damping) not in (int, float) or not 0 < self.damping <= 10:
             raise option_error("damping", self.damping, "a number above 0, at most 10")
 
     def layer_config(self, module: str, out_features: int, in_features: int) -> LayerConfig:

@@ -62,8 +62,8 @@ def copy(path: Path, target: Path) -> None:
 
 
 def temporary_files(directory: Path) -> list[Path]:
-    """What writers that were killed have left there."""
-    return list(directory.glob(".*.????????.tmp"))
+    """What writers that were killed have left there: _write, and safetensors, which has files of its own."""
+    return [path for pattern in (".*.????????.tmp", ".tmp??????") for path in directory.glob(pattern)]
 
 
 def _write(path: Path, write: Callable[[Path], object], what: str = "") -> None:

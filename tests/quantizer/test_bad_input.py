@@ -216,6 +216,8 @@ def test_too_little_text_is_said_and_damped(model: Path, tmp_path: Path) -> None
         ("groups", 0, "--groups: found 0, expected an integer from 1"),
         ("outliers", -1.0, "--outliers: found -1.0, expected a percentage from 0 to 50"),
         ("outliers", float("nan"), "--outliers: found nan"),
+        ("outliers", "5", "--outliers: found 5, expected a percentage"),
+        ("damping", None, "--damping: found None, expected a number above 0"),
         ("damping", 0.0, "--damping: found 0.0, expected a number above 0"),
         ("samples", 0, "--samples: found 0"),
         ("seq_len", 1, "--seq-len: found 1"),
