@@ -138,7 +138,8 @@ class CheckpointWriter:
         """Raises FileError when it cannot be written; all others are untouched."""
         path = self.path(n, tuned)
         report = json.dumps(part.report)
-        write_tensors(path, part.tensors, {"report": report, "key": self._key(path, report)})
+        kinds = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in part.tensors.items()}
+        write_tensors(path, part.tensors, {"report": report, "key": self._key(path, report, kinds)})
 
     def read(self, n: int, tuned: bool = False, with_tensors: bool = True) -> Part:
         """Raises FileError for a damaged file and for one of another run or layer; without tensors, only the
@@ -147,16 +148,25 @@ class CheckpointWriter:
         with opened(path) as file:
             metadata = file.metadata() or {}
             report = metadata.get("report", "")
-            if metadata.get("key") != self._key(path, report):
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            shapes = {name: part.get_shape() for name, part in slices.items()}
+            kinds = {  # a single number, of which there are no slices, is never right
+                name: f"{slices[name][:0].dtype} {shape}" if shape else "" for name, shape in shapes.items()
+            }
+            if metadata.get("key") != self._key(path, report, kinds):
                 raise FileError(
                     f"{path}: found a part of another run or another layer, or a changed one; {REMEDY}"
                 )
-            names = list(file.keys()) if with_tensors else []
+            names = slices if with_tensors else ()
             return Part({name: file.get_tensor(name) for name in names}, json.loads(report))
 
-    def _key(self, path: Path, report: str) -> str:
-        """Goes with a part wherever it is copied: says which part of which run it is."""
-        return hashlib.sha256(json.dumps([self.run, path.name, report], sort_keys=True).encode()).hexdigest()
+    def _key(self, path: Path, report: str, kinds: Mapping[str, str]) -> str:
+        """Goes with a part wherever it is copied: says which part of which run it is, and what is in it.
+
+        kinds: type and shape of each tensor.
+        """
+        text = json.dumps([self.run, path.name, report, kinds], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def finish(
         self, dense: DenseModel, dtype: torch.dtype, entries: dict[str, Any], report: Mapping[str, Any]

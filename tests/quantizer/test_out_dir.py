@@ -15,6 +15,7 @@ import torch
 from dense_models import SMALL
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from vptq_converter.checkpoint import Checkpoint
 from vptq_quantizer import checkpoint_writer, model_quantizer, quantize, safe_files
 from vptq_quantizer.checkpoint_writer import stored
@@ -23,6 +24,7 @@ from vptq_runtime import FileError, OptionError
 from vptq_runtime.errors import OutOfMemoryError
 
 OPTIONS = replace(SMALL, second_order=False)
+CENTROIDS = "model.layers.1.mlp.up_proj.centroids.weight"
 FOREIGN = r"layer-00001\.safetensors: found a part of another run or another layer, .*; delete it"
 
 
@@ -49,10 +51,12 @@ def part(out: Path, n: int) -> Path:
     return out / ".parts" / f"layer-{n:05}.safetensors"
 
 
-def change_metadata(path: Path, **changes: str) -> None:
+def change_part(path: Path, change: Callable[[dict[str, Tensor]], Any], **changes: str) -> None:
+    """change: what is done to its tensors; changes: to its metadata."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         metadata = file.metadata() | changes
+    change(tensors)
     save_file(tensors, path, metadata)
 
 
@@ -74,7 +78,25 @@ def test_a_part_of_another_layer(model: Path, text: Path, out: Path) -> None:
 
 @pytest.mark.parametrize("report", ["{}", "[]", "3", "null", "", "[" * 10000])
 def test_a_part_with_a_changed_report(report: str, model: Path, text: Path, out: Path) -> None:
-    change_metadata(part(out, 1), report=report)
+    change_part(part(out, 1), lambda _: None, report=report)
+    with pytest.raises(FileError, match=FOREIGN):
+        quantize(model, out, OPTIONS, calibration=[text])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop(CENTROIDS),
+        lambda tensors: tensors.update(other=torch.ones(3)),
+        lambda tensors: tensors.update({CENTROIDS: tensors[CENTROIDS][:, 1:].contiguous()}),
+        lambda tensors: tensors.update({CENTROIDS: tensors[CENTROIDS].float()}),
+        lambda tensors: tensors.update(other=torch.tensor(1.0)),
+    ],
+)
+def test_a_part_with_changed_tensors(
+    change: Callable[[dict[str, Tensor]], Any], model: Path, text: Path, out: Path
+) -> None:
+    change_part(part(out, 1), change)
     with pytest.raises(FileError, match=FOREIGN):
         quantize(model, out, OPTIONS, calibration=[text])
 
