@@ -91,7 +91,19 @@ class HessianStore:
         return self.directory / f"hessian-{n:05}.safetensors"
 
     def has(self, n: int) -> bool:
-        return self.path(n).exists()
+        """Whether layer n's Hessians are there; raises FileError for a damaged file, OptionError for those of
+        another model or another text."""
+        path = self.path(n)
+        if not path.exists():
+            return False
+        metadata = self._metadata(path)
+        for key, expected in (("model", self.model), ("calibration", self.calibration)):
+            if expected is not None and metadata.get(key) != expected:
+                raise OptionError(
+                    f"--hessians: {path}: found the Hessians of another {key} ({metadata.get(key)}), "
+                    f"expected this one's ({expected}): give another directory"
+                )
+        return True
 
     def text(self) -> str | None:
         """The key of the calibration text that the Hessians are from, None where there are none."""
@@ -104,12 +116,8 @@ class HessianStore:
             return file.metadata() or {}
 
     def load(self, n: int, shapes: dict[str, int]) -> dict[str, Tensor]:
-        """Layer n's Hessians, (size, size) for each name and size of `shapes`.
-
-        Raises FileError for a damaged file, OptionError for those of another model or another text.
-        """
+        """Layer n's Hessians, (size, size) for each of `shapes`; raises FileError for others."""
         path = self.path(n)
-        self._check(path, self._metadata(path))
         with opened(path) as file:
             hessians = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         found = {name: tuple(hessian.shape) for name, hessian in hessians.items()}
@@ -127,14 +135,6 @@ class HessianStore:
                     f"not F32; {REMEDY}"
                 )
         return hessians
-
-    def _check(self, path: Path, metadata: dict[str, str]) -> None:
-        for key, expected in (("model", self.model), ("calibration", self.calibration)):
-            if expected is not None and metadata.get(key) != expected:
-                raise OptionError(
-                    f"--hessians: {path}: found the Hessians of another {key} ({metadata.get(key)}), "
-                    f"expected this one's ({expected}): give another directory"
-                )
 
     def save(self, n: int, hessians: dict[str, Tensor]) -> None:
         """Raises FileError when the disk is full."""

@@ -287,6 +287,7 @@ def test_hessians_of_two_texts_are_not_mixed(model: Path, text: Path, tmp_path: 
     shutil.copy(tmp_path / "g/hessian-00001.safetensors", tmp_path / "h")
     with pytest.raises(OptionError, match=r"hessian-00001.*: found the Hessians of another calibration"):
         quantize(model, tmp_path / "c", SMALL, hessians=tmp_path / "h")
+    assert not list((tmp_path / "c").rglob("layer-*"))  # is found before the work
 
 
 def test_training_that_is_there_is_not_done_again(
