@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
@@ -85,7 +86,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_backend_options(p)
     sampling = p.add_argument_group("sampling")
     sampling.add_argument(
-        "--temp", metavar="T", type=float, default=0.8, help="0 is greedy (default: %(default)s)"
+        "--temp",
+        "--temperature",
+        metavar="T",
+        type=float,
+        default=0.8,
+        help="0 is greedy (default: %(default)s)",
     )
     sampling.add_argument(
         "--top-k", metavar="K", type=int, default=40, help="0 is off (default: %(default)s)"
@@ -203,6 +209,8 @@ def _chat(
             messages = system
         elif typed == "/help":
             command.note(CHAT_COMMANDS)
+        elif re.fullmatch(r"/[a-z]+", typed or ""):
+            command.note(f"no such command: {typed}; {CHAT_COMMANDS}")
         elif typed != "":
             try:
                 asked = [*messages, {"role": "user", "content": line}]

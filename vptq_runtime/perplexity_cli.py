@@ -8,6 +8,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ OPTION_NAMES = command.RUNTIME_OPTIONS | {
     "max_windows": "--windows",
     "dtype": "--compare-dtype",
 }
+LINE_S = 60.0  # between two lines of progress where there is no terminal
 TOKENIZER_BYTES = 150  # of memory for a byte of ordinary text
 DESCRIPTION = "Perplexity of a VPTQ model on a text, and how far its predictions are from another model's."
 EPILOG = """\
@@ -196,14 +198,27 @@ def _check_same_tokens(reference: Runtime | DenseModel, text: str, tokens: list[
 
 @contextlib.contextmanager
 def _bar(n_windows: int) -> Iterator[Callable[[Result], None]]:
-    """On a terminal a bar, with the estimate so far."""
+    """On a terminal a bar, with the estimate so far; else a line a minute."""
+    from vptq_runtime.perplexity_report import running
+
     if not sys.stderr.isatty():
-        yield lambda so_far: None
+        begin = told_at = time.monotonic()
+        n_done = 0
+
+        def tell(so_far: Result) -> None:
+            nonlocal n_done, told_at
+            n_done += 1
+            now = time.monotonic()
+            if now - told_at >= LINE_S:
+                told_at = now
+                left = timedelta(seconds=round((now - begin) / n_done * (n_windows - n_done)))
+                line = f"{n_done} of {n_windows} windows, about {left} left: {running(so_far)}"
+                print(line, file=sys.stderr, flush=True)
+
+        yield tell
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from vptq_runtime.perplexity_report import running
 
     columns = ("Windows", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     estimate = TextColumn("{task.fields[estimate]}", markup=False)

@@ -201,10 +201,20 @@ def _check_kind(path: Path) -> None:
         raise FileError(f"{path}: found a JSON file that is no index, expected its directory, {path.parent}")
     if path.suffix not in (".json", ".safetensors"):
         raise FileError(f"{path}: expected a .safetensors file, an index.json or a directory")
+    if (match := re.search(r"-\d{5}-of-(\d{5})\.safetensors$", path.name)) and int(match[1]) > 1:
+        raise FileError(
+            f"{path}: found one of {int(match[1])} files, expected their directory, {path.parent}"
+        )
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Whether it can be a repository of the hub (owner/name), and is no path here."""
+    known = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)) and not str(source).endswith(".safetensors")
+    return bool(known) and not Path(source).exists()
 
 
 def _download(source: str) -> Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.endswith(".safetensors"):
+    if not is_hub_id(source):
         raise FileError(f"{source}: no such file or directory, and not a hub repo id (owner/name)")
     import huggingface_hub  # slow to import, and seldom needed
 
@@ -244,6 +254,11 @@ def _find_weights(directory: Path) -> Path:
             raise FileError(
                 f"{directory}: found {len(found)} files {pattern}, expected one, or a model.safetensors"
             )
+    if (directory / ".parts").is_dir():
+        raise FileError(
+            f"{directory}: found a run of vptq-quantize that is not finished, expected a checkpoint: "
+            "the same command goes on with it"
+        )
     raise FileError(f"{directory}: found no .safetensors file, expected model.safetensors or an index.json")
 
 

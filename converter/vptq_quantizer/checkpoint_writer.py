@@ -88,7 +88,7 @@ class CheckpointWriter:
     def _expect_new(self) -> None:
         if (self.out_dir / "config.json").exists():
             raise OptionError(
-                f"{self.out_dir}: found a config.json, so a whole model; expected a new directory"
+                f"{self.out_dir}: found a finished model (config.json), expected a new directory"
             )
         others: set[Path] = set()
         if self.out_dir.exists():
@@ -109,19 +109,23 @@ class CheckpointWriter:
             ) from error
         except OSError:
             pass  # a file system without locks
-        if self._run_file.exists():
+        if not self._run_file.exists():
+            self._expect_new()  # whoever had the lock may have finished just now
+        if self._parts():
             before = Section.read(self._run_file).values
             for name, value in self.run.items():
                 if before.get(name) != value:
                     raise OptionError(
-                        f"{self.out_dir}: found a run with {name} {before.get(name)}, expected {value}, "
-                        "as now: go on with the same options, or in another directory"
+                        f"{self.out_dir}: found layers of a run with {name} {before.get(name)}, "
+                        f"expected {value}: go on with the same options, or in another directory"
                     )
         else:
-            self._expect_new()  # whoever had the lock may have finished just now
             write_json(self._run_file, self.run)
         for path in temporary_files(self.out_dir) + temporary_files(self.parts):
             path.unlink(missing_ok=True)
+
+    def _parts(self) -> list[Path]:
+        return [path for kind in ("layer", "tuned") for path in self.parts.glob(f"{kind}-*.safetensors")]
 
     def path(self, n: int, tuned: bool) -> Path:
         return self.parts / f"{'tuned' if tuned else 'layer'}-{n:05}.safetensors"
@@ -205,9 +209,8 @@ class CheckpointWriter:
 
     def _tidy(self) -> None:
         """Takes away what was the run's own; what it is a run of goes first: with it, all parts are there."""
-        parts = [path for kind in ("layer", "tuned") for path in self.parts.glob(f"{kind}-*.safetensors")]
         with contextlib.suppress(OSError):  # the checkpoint is there, with or without this
-            for path in (self._run_file, *parts, self._lock_file):
+            for path in (self._run_file, *self._parts(), self._lock_file):
                 path.unlink(missing_ok=True)
             self.parts.rmdir()
 

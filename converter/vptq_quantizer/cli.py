@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from vptq_converter.checkpoint import Checkpoint, is_hub_id
 
 from vptq_quantizer.options import OPTION_NAMES, QuantizeOptions
 from vptq_quantizer.report import check_plot, plot, table
 from vptq_runtime import command
+from vptq_runtime.errors import FileError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,10 +109,15 @@ def _run(arguments: argparse.Namespace) -> None:
         layers = (int(match[1]), int(match[2] or match[1]))
     if arguments.plot:
         check_plot(Path(arguments.plot), Path(arguments.out))
+    _check_paths(arguments)
     from vptq_quantizer import quantize  # torch takes seconds to load, and may be missing
 
     def warn(message: str) -> None:
         print(f"vptq-quantize: warning: {message}", file=sys.stderr)
+
+    def tell(message: str) -> None:
+        if not sys.stderr.isatty():  # else there is a bar
+            print(message, file=sys.stderr, flush=True)
 
     try:
         report = quantize(
@@ -122,11 +129,21 @@ def _run(arguments: argparse.Namespace) -> None:
             layers=layers,
             device=arguments.device,
             warn=warn,
+            tell=tell,
         )
     except KeyboardInterrupt:
         print("vptq-quantize: interrupted; the same command goes on with what is finished", file=sys.stderr)
         raise
     _show(arguments, report)
+
+
+def _check_paths(arguments: argparse.Namespace) -> None:
+    """What is wrong with them is said before torch is loaded."""
+    if not is_hub_id(arguments.model):
+        Checkpoint(arguments.model)
+    for file in arguments.calibration:
+        if not Path(file).exists():
+            raise FileError(f"--calibration: {file}: no such file")
 
 
 def _show(arguments: argparse.Namespace, report: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ stay as they are. Both models are in memory, in float32.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from vptq_quantizer.calibration import Calibration
 from vptq_quantizer.checkpoint_writer import Part
 from vptq_quantizer.dense_model import DenseModel
 from vptq_quantizer.options import QuantizeOptions
+from vptq_quantizer.progress import RunProgress
 from vptq_quantizer.quantized_linear import QuantizedLinear
 
 BATCH_TOKENS = 4096  # of one step
@@ -52,7 +53,7 @@ def tune(
     options: QuantizeOptions,
     dtype: torch.dtype,
     text: Calibration,
-    show: Callable[[str, float], object],
+    progress: RunProgress,
 ) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:
     """Trains for options.end_to_end steps, from the parts (by decoder layer) on.
 
@@ -96,7 +97,9 @@ def tune(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        show(f"end to end: KL divergence {value.item():.4f}", 1)
+        done = f"end to end: step {step + 1}, KL divergence {value.item():.4f}"
+        progress.show(done)
+        progress.advance(done, 1)
     with torch.no_grad():
         for p in trained:
             p.copy_(p.to(dtype))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,10 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from vptq_converter.architectures import LINEARS
 from vptq_converter.checkpoint import Checkpoint
 from vptq_converter.layer import LayerConfig
 
@@ -28,12 +24,11 @@ from vptq_quantizer.finetune import finetune_linear
 from vptq_quantizer.hessians import HESSIAN_OF, HessianStore, collect, model_key
 from vptq_quantizer.layer_quantizer import Problem, quantize_linear
 from vptq_quantizer.options import QuantizeOptions, option_error
+from vptq_quantizer.progress import RunProgress
 from vptq_quantizer.quantized_linear import QuantizedLinear, config_entry
 from vptq_quantizer.report import run_report
 from vptq_runtime.dense_model import is_out_of_memory
 from vptq_runtime.errors import OptionError, OutOfMemoryError, UnsupportedError
-
-Show = Callable[[str, float], object]  # told what is being done, and how many steps of the bar that finishes
 
 
 @contextmanager
@@ -58,13 +53,14 @@ def quantize(
     layers: tuple[int, int] | None = None,
     device: str = "cpu",
     warn: Callable[[str], None] = lambda message: None,
+    tell: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Quantises the dense checkpoint model_dir (a directory, or what else vptq-convert takes) into out_dir.
 
     calibration: text files; may be empty where `hessians`, a directory, has them all. layers: the first and
     the last decoder layer to do; the checkpoint is put together by whoever finds all parts in out_dir/.parts.
     What an earlier call has finished there is taken over. warn is told, in a line each, what is poorer than
-    it could be.
+    it could be; tell now and then what is done, how much of all that is, and how long the rest may take.
 
     Returns what report.json says: "layers" (report.py), the summary, "finished". Raises VPTQError for
     whatever is wrong with the model, the text, the options or the disk; what is finished stays.
@@ -82,7 +78,7 @@ def quantize(
         text = read_calibration(
             checkpoint, dense.n_vocab, calibration, options.samples, options.seq_len, options.seed
         )
-        _warn_of_rank(text, configs, warn)
+        _warn_of_text(text, options, configs, warn)
     elif options.end_to_end:
         raise OptionError("--end-to-end: found no --calibration, expected text to train on")
     model = model_key(checkpoint)
@@ -91,7 +87,7 @@ def quantize(
     if hessians is not None:
         source = source or HessianStore(Path(hessians), model, None).text()
         store = HessianStore(Path(hessians), model, source)
-    run = _Run(dense, options, configs, _stored_dtype(checkpoint), text, store)
+    run = _Run(dense, options, configs, _stored_dtype(checkpoint), text, store, tell)
     what = {**asdict(options), "model": model, "calibration": source}
     with CheckpointWriter(Path(out_dir), what) as writer:
         return run.into(writer, wanted)
@@ -105,6 +101,7 @@ class _Run:
     dtype: torch.dtype  # of the new checkpoint
     text: Calibration | None
     store: HessianStore | None
+    tell: Callable[[str], None]
 
     def into(self, writer: CheckpointWriter, wanted: Sequence[int]) -> dict[str, Any]:
         """Does the decoder layers `wanted` that are not there; with all there, makes the checkpoint."""
@@ -112,26 +109,31 @@ class _Run:
         # All are looked at: a wrong one is better found before the work.
         done = {n for n in range(n_layers) if writer.has(n)}
         pending = [n for n in wanted if n not in done]
-        with _progress(len(pending) * len(LINEARS)) as show:
-            for n, part in self.parts(pending, show):
+        layer_size = sum(config.out_features * config.in_features for config in self.configs.values())
+        all_wanted, before = len(wanted) * layer_size, (len(wanted) - len(pending)) * layer_size
+        with RunProgress(all_wanted, before, self.tell) as progress:
+            for n, part in self.parts(pending, progress):
                 writer.write(n, part)
         reports = [writer.read(n, with_tensors=False).report for n in sorted(done.union(pending))]
-        report = run_report(self.dense.checkpoint.name, asdict(self.options), n_layers, reports)
+        options = asdict(self.options)
+        if self.text is None:  # what Hessians from disk are of is not known
+            options |= {"samples": None, "seq_len": None}
+        report = run_report(self.dense.checkpoint.name, options, n_layers, reports)
         if report["finished"]:
             if self.options.end_to_end and self.text is not None:
                 report["end_to_end"] = self.tune(writer, self.text)
             writer.finish(self.dense, self.dtype, self.entries(), report)
         return report
 
-    def parts(self, pending: Sequence[int], show: Show) -> Iterator[tuple[int, Part]]:
+    def parts(self, pending: Sequence[int], progress: RunProgress) -> Iterator[tuple[int, Part]]:
         """Quantises the decoder layers `pending` (numbers that rise), one in memory at a time."""
         begin = time.monotonic()
-        for n, layer, hessians in self._layers(pending, show):
-            yield n, self._part(n, layer, hessians, begin, show)
+        for n, layer, hessians in self._layers(pending, progress):
+            yield n, self._part(n, layer, hessians, begin, progress)
             begin = time.monotonic()
 
     def _layers(
-        self, pending: Sequence[int], show: Show
+        self, pending: Sequence[int], progress: RunProgress
     ) -> Iterator[tuple[int, nn.Module, dict[str, Tensor]]]:
         """The decoder layers `pending`, dense, with their Hessians.
 
@@ -151,7 +153,7 @@ class _Run:
                 continue
             layer = self.dense.load_layer(n)
             hessians = {}
-            show(f"layer {n}: calibration", 0)
+            progress.show(f"layer {n}: calibration")
             if n in missing:
                 hessians = collect(self.dense, n, layer, hidden)
                 if self.store:
@@ -165,7 +167,12 @@ class _Run:
                 yield n, layer, hessians
 
     def _part(
-        self, n: int, layer: nn.Module, hessians: Mapping[str, Tensor], begin: float, show: Show
+        self,
+        n: int,
+        layer: nn.Module,
+        hessians: Mapping[str, Tensor],
+        begin: float,
+        progress: RunProgress,
     ) -> Part:
         """Decoder layer n, quantised; begin: when work on it began."""
         modules = linears(layer)
@@ -186,12 +193,13 @@ class _Run:
                 problem,
                 self.configs[name],
                 seed,
-                lambda step, name=name: show(f"layer {n}: {name}, {step}", 0),  # type: ignore[misc]
+                lambda step, name=name: progress.show(f"layer {n}: {name}, {step}"),  # type: ignore[misc]
             )
             fields = quantised.tensors(self.dtype)
             reports[name] |= _bits(fields, self.configs[name])
             tensors |= {f"model.layers.{n}.{name}.{field}": tensor for field, tensor in fields.items()}
-            show(f"layer {n}: {name}", 1)
+            error = list(reports[name]["proxy_error"].values())[-1]
+            progress.advance(f"layer {n}: {name}: proxy error {error:.4f}", linear.weight.numel())
         return Part(tensors, {"layer": n, "seconds": time.monotonic() - begin, "linears": reports})
 
     def _quantize(
@@ -201,12 +209,18 @@ class _Run:
         errors: dict[str, float] = {}
         seconds: dict[str, float] = {}
         begin = time.monotonic()
-        show("k-means")
+        steps = iter(
+            ["k-means"]
+            + ["second order"] * self.options.second_order
+            + ["fine-tuning"] * self.options.finetune
+            + ["done"]
+        )
+        show(next(steps))
 
         def step(name: str, layer: QuantizedLinear) -> None:
             errors[name] = problem.relative_error(layer.weight())
             seconds[name] = time.monotonic() - begin - sum(seconds.values())
-            show(f"{name} done")
+            show(next(steps))
 
         generator = torch.Generator().manual_seed(seed)
         layer = quantize_linear(problem, config, self.options, self.dtype, generator, step)
@@ -231,8 +245,8 @@ class _Run:
         if writer.has_tuned(self.dense.n_layers):
             return writer.read(self.dense.n_layers, tuned=True, with_tensors=False).report
         parts = {n: writer.read(n) for n in range(self.dense.n_layers)}
-        with _progress(self.options.end_to_end) as show:
-            tuned, report = tune(self.dense, self.configs, parts, self.options, self.dtype, text, show)
+        with RunProgress(self.options.end_to_end, 0, self.tell) as progress:
+            tuned, report = tune(self.dense, self.configs, parts, self.options, self.dtype, text, progress)
         for n, tensors in tuned.items():
             writer.write(n, Part(tensors, report), tuned=True)
         return report
@@ -273,21 +287,21 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return torch.bfloat16 if checkpoint.tensor("model.embed_tokens.weight").dtype == "BF16" else torch.float16
 
 
-def _warn_of_rank(text: Calibration, configs: Mapping[str, LayerConfig], warn: Callable[[str], None]) -> None:
+def _warn_of_text(
+    text: Calibration,
+    options: QuantizeOptions,
+    configs: Mapping[str, LayerConfig],
+    warn: Callable[[str], None],
+) -> None:
+    n_windows, seq_len = text.windows.shape
+    if n_windows < options.samples:
+        warn(
+            f"--calibration: found text for {n_windows} window{'s' * (n_windows > 1)} of {seq_len} tokens, "
+            f"expected --samples {options.samples}"
+        )
     largest = max(config.in_features for config in configs.values())
     if text.windows.size < largest:
         warn(
             f"--calibration: found {text.windows.size} tokens, expected at least {largest}, the inputs of "
             "the largest layer: its Hessian lacks directions, which --damping alone stands for"
         )
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Show]:
-    """A bar on standard error, when that is a terminal."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(
-        *columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
-    ) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda what, steps: bar.update(task, description=what, advance=steps)

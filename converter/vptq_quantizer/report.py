@@ -99,11 +99,14 @@ def check_plot(target: Path, out_dir: Path) -> None:
 def plot(layers: Sequence[LayerReport], target: Path) -> None:
     """The proxy error of every linear layer after each step, a panel for each kind."""
     kinds = list(layers[0]["linears"])
-    figure = _figure_class()(figsize=(3 * len(kinds), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(kinds), sharey=True)
+    n_columns = len(kinds) // 2 + 1  # in two rows, with room for the legend
+    figure = _figure_class()(figsize=(3 * n_columns, 6), layout="constrained")
+    panels = figure.subplots(2, n_columns, sharex=True, sharey=True).flatten()
+    for rest in panels[len(kinds) :]:
+        rest.remove()
     numbers = [layer["layer"] for layer in layers]
     some_error = False
-    for panel, kind in zip(panels, kinds, strict=True):
+    for panel, kind in zip(panels, kinds, strict=False):
         for step in steps(layers):
             errors = [layer["linears"][kind]["proxy_error"][step] for layer in layers]
             some_error |= any(error > 0 for error in errors)
@@ -111,7 +114,7 @@ def plot(layers: Sequence[LayerReport], target: Path) -> None:
         panel.set(title=kind, xlabel="decoder layer")
         panel.grid(alpha=0.3)
     panels[0].set(ylabel="relative proxy error", yscale="log" if some_error else "linear")  # of all panels
-    panels[-1].legend(fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower right", title="after")
     try:
         figure.savefig(target, dpi=150)
     except (OSError, ValueError) as error:

@@ -144,10 +144,23 @@ def test_a_path_that_is_not_there(source: str, tmp_path: Path, monkeypatch: pyte
 def test_files_that_are_no_checkpoint(whole: Path, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     (tmp_path / "model.bin").touch()
+    (tmp_path / "m-00001-of-00003.safetensors").touch()
+    (tmp_path / "run" / ".parts").mkdir(parents=True)
+    shutil.copy(whole / "config.json", tmp_path / "run")
     for source, expected in (
         (tmp_path / "model.gguf", "found a GGUF file, which is converted already, expected a checkpoint"),
         (tmp_path / "model.bin", "expected a .safetensors file, an index.json or a directory"),
         (whole / "config.json", f"found a JSON file that is no index, expected its directory, {whole}"),
+        (
+            tmp_path / "m-00001-of-00003.safetensors",
+            f"found one of 3 files, expected their directory, {tmp_path}",
+        ),
+        (
+            tmp_path / "run",
+            "found a run of vptq-quantize that is not finished, expected a checkpoint: the same command goes "
+            "on with it",
+        ),
+        ("../model", "no such file or directory, and not a hub repo id (owner/name)"),
     ):
         with pytest.raises(FileError) as raised:
             convert(source, tmp_path / "out.gguf")

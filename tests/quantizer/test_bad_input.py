@@ -193,7 +193,9 @@ def test_too_little_text_is_said_and_damped(model: Path, tmp_path: Path) -> None
     warnings: list[str] = []
     report = quantize(model, tmp_path / "out", SMALL, calibration=[short], warn=warnings.append)
     assert report["finished"]
-    assert len(warnings) == 1 and "tokens, expected at least 198, the inputs of the largest" in warnings[0]
+    windows, rank = warnings
+    assert windows == "--calibration: found text for 1 window of 22 tokens, expected --samples 16"
+    assert "tokens, expected at least 198, the inputs of the largest" in rank
     quantize(
         model,
         tmp_path / "enough",
@@ -201,7 +203,7 @@ def test_too_little_text_is_said_and_damped(model: Path, tmp_path: Path) -> None
         calibration=[write_text(tmp_path / "long.txt")],
         warn=warnings.append,
     )
-    assert len(warnings) == 1
+    assert len(warnings) == 2
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_a_run_that_was_killed_before_tidying_up(
     shutil.move(tmp_path / "parts", out / ".parts")
     if report is not None:
         (out / "report.json").write_text(report)
-    with pytest.raises(OptionError, match="found a run with seed 0, expected 1"):
+    with pytest.raises(OptionError, match="found layers of a run with seed 0, expected 1"):
         quantize(model, out, replace(OPTIONS, seed=1), calibration=[text])
     assert quantize(model, out, OPTIONS, calibration=[text]) == expected
     assert json.loads((out / "report.json").read_text()) == expected
@@ -155,7 +155,7 @@ def test_a_run_that_was_killed_while_tidying_up(
         patch.setattr(Path, "unlink", unlink)
         quantize(model, out, OPTIONS, calibration=[text])
     assert part(out, 1).exists()
-    with pytest.raises(OptionError, match=r"found a config\.json, so a whole model"):
+    with pytest.raises(OptionError, match=r"found a finished model"):
         quantize(model, out, OPTIONS, calibration=[text])
 
 

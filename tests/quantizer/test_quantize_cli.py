@@ -1,6 +1,8 @@
 """vptq-quantize: a table, a picture, exit status, one-line errors."""
 
 import json
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +28,12 @@ def test_success(
     assert f"{out}: {report['bits_per_weight']:.3f} bits per quantised weight" in captured.out
     for title in ("k-means", "second order", "fine-tuning", "bits", "seconds"):
         assert title in captured.out
-    assert captured.err == ""
+    # Without a terminal a line for each matrix, of two layers; not if that is less than a fiftieth of all.
+    lines = captured.err.splitlines()
+    line = re.compile(r"layer [01]: [a-z_.]+: proxy error 0\.\d{4}; (\d+)% done, about 0:0\d:\d\d left")
+    shares = [int(match[1]) for match in map(line.fullmatch, lines) if match]
+    assert 10 < len(shares) == len(lines) <= 14
+    assert shares == sorted(shares) and shares[-1] == 100
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -72,7 +79,7 @@ def test_whether_a_training_is_kept_is_said(
     [
         (["--centroids", "3"], 1, "error: --centroids: found 3, expected a power of two from 2 to 65536"),
         (["--layers", "x"], 2, "error: --layers: found 'x', expected A-B, as 0-15"),
-        (["--calibration", "nothing.txt"], 1, "error: nothing.txt: cannot be read"),
+        (["--calibration", "nothing.txt"], 1, "error: --calibration: nothing.txt: no such file"),
     ],
 )
 def test_errors(
@@ -86,6 +93,20 @@ def test_errors(
     assert cli.main([str(dense_model("llama")), str(tmp_path / "out"), *SMALL, *arguments]) == status
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("source", "calibration"), [("none/../model", []), ("model", ["nothing.txt"])])
+def test_wrong_paths_are_found_before_pytorch_is_loaded(
+    source: str, calibration: list[str], model: Path, tmp_path: Path
+) -> None:
+    code = "import sys; from vptq_quantizer import cli; cli.main(sys.argv[1:]); print('torch' in sys.modules)"
+    paths = [str(model.parent / source) if source != "model" else str(model), str(tmp_path / "out")]
+    options = ["--calibration", *calibration] if calibration else []
+    done = subprocess.run(
+        [sys.executable, "-c", code, *paths, *options], capture_output=True, encoding="utf-8", timeout=60
+    )
+    assert done.stderr.startswith("vptq-quantize: error: ") and done.stderr.count("\n") == 1
+    assert done.stdout == "False\n"
 
 
 def test_warnings_are_printed(

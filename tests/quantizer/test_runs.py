@@ -195,17 +195,27 @@ def test_other_options_are_refused(change: dict[str, Any], model: Path, text: Pa
     quantize(model, out, OPTIONS, calibration=[text], layers=(0, 0))
     name, value = next(iter(change.items()))
     before = getattr(OPTIONS, name)
-    with pytest.raises(OptionError, match=re.escape(f"found a run with {name} {before}, expected {value}")):
+    with pytest.raises(
+        OptionError, match=re.escape(f"found layers of a run with {name} {before}, expected {value}")
+    ):
         quantize(model, out, replace(OPTIONS, **change), calibration=[text])
-    with pytest.raises(OptionError, match="found a run with calibration"):
+    with pytest.raises(OptionError, match="found layers of a run with calibration"):
         quantize(model, out, OPTIONS, calibration=[text, text])
+
+
+def test_options_can_be_changed_while_nothing_is_done(model: Path, text: Path, tmp_path: Path) -> None:
+    """So a first try that failed does not tie the directory to what was wrong with it."""
+    with pytest.raises(OptionError, match="--calibration: found no text"):
+        quantize(model, tmp_path / "out", OPTIONS)
+    report = quantize(model, tmp_path / "out", replace(OPTIONS, seed=1), calibration=[text])
+    assert report["finished"] and report["options"]["seed"] == 1
 
 
 def test_a_finished_run_and_a_foreign_directory_are_left_alone(
     model: Path, text: Path, whole: Path, tmp_path: Path
 ) -> None:
     for out in (whole, model):
-        with pytest.raises(OptionError, match=r"found a config\.json, so a whole model"):
+        with pytest.raises(OptionError, match=r"found a finished model"):
             quantize(model, out, OPTIONS, calibration=[text])
     (tmp_path / "letter.txt").touch()
     with pytest.raises(OptionError, match="found other files, expected a new directory"):

@@ -345,6 +345,13 @@ def test_chat_commands(model: Path) -> None:
     assert all(f"/{name}" in cli.CHAT_COMMANDS for name in ("exit", "quit", "reset", "help"))
 
 
+def test_an_unknown_chat_command_is_not_sent_to_the_model(model: Path) -> None:
+    done = run("-m", model, "--chat", "-n", "5", given=b"/rest\n")
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert done.stderr.decode() == f"no such command: /rest; {cli.CHAT_COMMANDS}\n"
+    assert run("-m", model, "--chat", "-n", "5", given=b"/etc/hosts\n").stdout
+
+
 def test_chat_with_one_message(runtime: Runtime, model: Path) -> None:
     done = run("-m", model, "--chat", "-p", "/exit", "-n", "10", *GREEDY)
     reply = runtime.chat([{"role": "user", "content": "/exit"}], max_tokens=10, temperature=0).text

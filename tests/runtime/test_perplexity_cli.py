@@ -442,6 +442,17 @@ def test_ctrl_c_reports_the_windows_so_far(
     assert report["perplexity"] == as_json(expected.perplexity)
 
 
+def test_lines_without_a_terminal(
+    model: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(perplexity_cli, "LINE_S", 0)
+    assert perplexity_cli.main(["-m", str(model), str(text), "-c", "100", "--windows", "3"]) == 0
+    *lines, _ = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    for n, line in enumerate(lines, 1):
+        assert re.match(rf"{n} of 3 windows, about 0:0\d:\d\d left: perplexity [\d.]+", line)
+
+
 def test_a_bar_on_a_terminal(model: Path, text: Path) -> None:
     """With the estimate so far; none of it reaches standard output."""
     master, slave = pty.openpty()
