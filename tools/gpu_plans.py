@@ -67,7 +67,7 @@ FULL = Plan(
     sizes=((4096, 4096), (14336, 4096), (4096, 14336)),
     prompt_tokens=512,
     rotating_bytes=192 << 20,  # several times the largest L2
-    test_options=("--deselect", "tests/tools/test_check_gpu.py"),  # this runs the rest of it
+    test_options=(),
     sanitized="test_rms_norm or test_rope or test_swiglu or (test_dense_linear and 33)"
     " or (test_vptq_linear and (v8-k65536-256 or v12-k4096-4096 or v5-k7-3))"
     " or (test_every_index_width and 13) or (test_attention and f16 and heads4)",

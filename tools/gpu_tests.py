@@ -17,6 +17,7 @@ from gpu_report import Row
 
 PROMPT = "def add(a, b): return a + b"  # a prompt's tokens go through kernels of their own
 ROOT = Path(__file__).resolve().parents[1]
+TESTED = (ROOT / "tests" / "native", ROOT / "tests" / "runtime")  # others need packages that may not be there
 Found = tuple[dict[str, Any], list[Row]]
 
 
@@ -29,7 +30,7 @@ def pytest_command(*options: str) -> list[str]:
 
 
 def tests(plan: Plan, out: Path, allowed: float, report: dict[str, Any]) -> Found:
-    command = pytest_command(*plan.test_options, str(ROOT / "tests"))
+    command = pytest_command(*plan.test_options, *map(str, TESTED))
     status, log = run_logged(command, out / "tests.log", allowed)
     # A line a test, while it runs: there even if the time ran out.
     outcomes = re.findall(r"^(\S*::.*) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", log, re.MULTILINE)

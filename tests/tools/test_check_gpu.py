@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -169,6 +170,15 @@ def test_outcomes_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert found["failure"].startswith("not done after 10 s")
     monkeypatch.setattr(gpu_tests, "run_logged", lambda *_: (0, "x::y SKIPPED"))
     assert "failure" in gpu_tests.tests(TINY, tmp_path, 10, {})[0]  # without one that ran, nothing is shown
+
+
+def test_all_tests_that_need_a_gpu_are_run() -> None:
+    """But for those of this script; and no folder whose tests need more packages than the runtime."""
+    modules = Path(__file__).parents[1].rglob("test_*.py")
+    need_one = {path for path in modules if re.search(r"need_gpu|mark\.gpu", path.read_text())}
+    run = {path for folder in gpu_tests.TESTED for path in folder.rglob("test_*.py")}
+    assert need_one - run == {Path(__file__)}
+    assert all("vptq_quantizer" not in path.read_text() for path in run)
 
 
 @pytest.mark.parametrize(("errors", "failed"), [(0, False), (3, True)])
