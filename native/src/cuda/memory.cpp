@@ -8,12 +8,12 @@
 namespace vptq::cuda {
 namespace {
 
-constexpr size_t kAlignment = 256;         // bytes
-constexpr size_t kSlab = size_t{4} << 20;  // bytes that small ones share: cudaMalloc is slow, and rounds up to 2 MiB
-#if defined(VPTQ_CUDA_EMULATION)           // so that AddressSanitizer sees what is read behind any of them
+constexpr size_t kAlignment = 256;          // bytes
+constexpr size_t kSlab = size_t{16} << 20;  // bytes that small ones share: cudaMalloc is slow, and rounds up to 2 MiB
+#if defined(VPTQ_CUDA_EMULATION)            // so that AddressSanitizer sees what is read behind any of them
 constexpr size_t kLarge = 0;
 #else
-constexpr size_t kLarge = size_t{1} << 20;  // bytes
+constexpr size_t kLarge = size_t{2} << 20;  // bytes; a codebook of 65536 vectors of 8 has 1 MiB
 #endif
 
 std::byte* allocated(size_t bytes, const std::string& what) {
