@@ -55,9 +55,7 @@ VPTQ_DEVICE T shuffle_xor(T value, int mask) {
 VPTQ_DEVICE bool all_alike(uint32_t bits) { return bits != 0; }
 
 VPTQ_DEVICE uint32_t add_shared(uint32_t* sum, uint32_t value) {
-  const uint32_t before = *sum;
-  *sum += value;
-  return before;
+  return __atomic_fetch_add(sum, value, __ATOMIC_RELAXED);  // so that ThreadSanitizer knows
 }
 
 VPTQ_DEVICE float half_to_float(uint16_t h) { return emulation::half_to_float(h); }
