@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from relative_error import relative_l2
 
 from vptq_runtime import _native, demo_path
-from vptq_runtime.errors import OptionError, OutOfMemoryError
+from vptq_runtime.errors import OptionError, OutOfMemoryError, UnsupportedError
 
 GREEDY = dict(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0, seed=0)
 N_LAYER = 6  # of the demo model
@@ -181,6 +181,19 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Emulated:
     if "emulation" not in _native.Gpu().description:
         pytest.skip("needs the emulation of a GPU")
     return Emulated(monkeypatch)
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_has_no_machine_code(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VPTQ_EMULATED_CAPABILITY", "75")
+    why = (
+        "device cuda: kernels cannot be loaded on emulation (compute capability 7.5): "
+        "no kernel image is available for execution on the device"
+    )
+    with pytest.raises(UnsupportedError, match=f"^{re.escape(why)}$"):
+        context()
+    found = context(device="auto")
+    assert found.device.startswith("cpu (") and found.why_not_cuda == why
 
 
 @pytest.mark.gpu

@@ -40,6 +40,12 @@ CudaBackend::CudaBackend(int device) : device_(device) {
   check(cudaGetDeviceProperties(&properties, device_), "looking at the GPU");
   name_ = properties.name;
   n_multiprocessors_ = properties.multiProcessorCount;
+  if (const cudaError_t error = find_kernels(); error != cudaSuccess) {
+    cudaGetLastError();
+    throw UnsupportedError("device cuda: kernels cannot be loaded on " + name_ + " (compute capability " +
+                           std::to_string(properties.major) + "." + std::to_string(properties.minor) +
+                           "): " + cudaGetErrorString(error));
+  }
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
   memory_ = std::make_unique<Memory>(stream_);
   batches_ = std::make_unique<Batches>(*memory_, max_tokens());

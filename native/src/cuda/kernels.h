@@ -13,6 +13,9 @@
 
 namespace vptq::cuda {
 
+// cudaSuccess if this build has machine code for the current device, or code that its driver has compiled for it.
+cudaError_t find_kernels();
+
 // A Batch in device memory. What a kernel launches depends on n, n_prompt and n_outputs only, never on what the arrays
 // hold: a graph recorded for one batch runs the next one.
 struct DeviceBatch {
@@ -95,6 +98,7 @@ struct SlicedUse {
 struct DeviceSliceJobs {
   const SliceJob* jobs;  // share_out()'s, of layers in the order of the uses
   int n_blocks, n_centroids, n_columns;
+  size_t most_shared;  // bytes that a block of threads can have of the GPU's shared memory
 };
 size_t sliced_workspace(const SlicedUse* uses, int n_uses, int n);  // floats
 void vq_sliced(const SlicedUse* uses, int n_uses, const DeviceSliceJobs& jobs, const float* x, int n, float* workspace,

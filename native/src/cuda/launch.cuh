@@ -12,7 +12,8 @@ struct Shape {
   size_t shared = 0;  // bytes of dynamic shared memory; more than 48 KiB after allow_shared()
 };
 
-// Lets a kernel have so many bytes of dynamic shared memory on the current device.
+// Lets a kernel have so many bytes of dynamic shared memory on the current device. Always the same number for a kernel:
+// it holds for other threads' launches, and for recorded ones.
 template <class... Parameters>
 void allow_shared(void (*kernel)(Parameters...), size_t bytes) {
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -52,7 +52,7 @@ const DeviceSliceJobs& SlicedLayers::jobs(std::span<const SlicedLayer* const> la
     for (const SlicedLayer* layer : layers) slices.push_back(&layer->slices);
     const SliceJobs shared = share_out(slices, n_blocks_);
     known->second = {send(memory_, shared.jobs, "a launch's jobs"), shared.n_blocks, shared.n_centroids,
-                     shared.n_columns};
+                     shared.n_columns, shared_bytes_};
   }
   return known->second;
 }

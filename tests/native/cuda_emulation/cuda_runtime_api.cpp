@@ -21,6 +21,8 @@
 #include "sanitizers.h"
 #include "work.h"
 
+using namespace vptq::cuda::emulation;
+
 using Work = std::function<void()>;
 
 struct CUstream_st {
@@ -48,7 +50,6 @@ struct CUevent_st {
 
 namespace {
 
-constexpr size_t kSharedBytes = 48 << 10, kSharedBytesOptIn = 227 << 10;
 constexpr size_t kDefaultMemory = size_t{4} << 30;
 
 thread_local cudaError_t last_error = cudaSuccess;
@@ -66,15 +67,9 @@ std::mutex mutex;
 std::set<cudaStream_t> streams;
 Allocations device_memory, pinned_memory;
 std::map<int, int> n_running;  // by device: works
-std::map<std::pair<int, const void*>, size_t> allowed_shared;
 
 // Held while pending work runs, and not by who holds `mutex`: streams take turns.
 std::mutex one_stream;
-
-cudaError_t result(cudaError_t error) {
-  if (error != cudaSuccess) last_error = error;
-  return error;
-}
 
 int device_count() {
   const char* text = std::getenv("VPTQ_EMULATED_DEVICES");
@@ -214,22 +209,15 @@ cudaError_t allocate(void** memory, size_t bytes, Allocations& kind, int device)
 
 namespace vptq::cuda::emulation {
 
+cudaError_t result(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
 cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                    std::function<void()> thread) {
-  const uint64_t n_threads = uint64_t{block.x} * block.y * block.z;
-  if (block.x > 1024 || block.y > 1024 || block.z > 64 || n_threads < 1 || n_threads > 1024) {
-    return result(cudaErrorInvalidConfiguration);
-  }
-  if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
-    return result(cudaErrorInvalidConfiguration);
-  }
-  {
-    const std::lock_guard lock(mutex);
-    const auto allowed = allowed_shared.find({current_device, kernel});
-    if (shared_bytes > (allowed == allowed_shared.end() ? kSharedBytes : std::max(kSharedBytes, allowed->second))) {
-      return result(cudaErrorInvalidValue);
-    }
-  }
+  const cudaError_t error = check_launch(kernel, grid, block, shared_bytes);
+  if (error != cudaSuccess) return result(error);
   return result(
       submit(stream, [=, thread = std::move(thread)] { run_grid(kernel, grid, block, shared_bytes, thread); }));
 }
@@ -258,8 +246,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   if (!is_device(device)) return result(cudaErrorInvalidDevice);
   *properties = {};
   std::snprintf(properties->name, sizeof(properties->name), "emulation");
-  properties->major = 9;
-  properties->minor = 0;
+  properties->major = capability() / 10;
+  properties->minor = capability() % 10;
   properties->multiProcessorCount = 4;
   properties->totalGlobalMem = total_memory(device);
   properties->sharedMemPerBlock = kSharedBytes;
@@ -486,15 +474,5 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEve
 
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
   delete event;
-  return cudaSuccess;
-}
-
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
-      static_cast<size_t>(value) > kSharedBytesOptIn) {
-    return result(cudaErrorInvalidValue);
-  }
-  const std::lock_guard lock(mutex);
-  allowed_shared[{current_device, kernel}] = static_cast<size_t>(value);
   return cudaSuccess;
 }

@@ -145,14 +145,26 @@ bool launches(const Shape& shape) {
   return true;
 }
 
+void test_capabilities() {
+  cudaFuncAttributes attributes;
+  const auto found = [&] { return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(idle)); };
+  EXPECT(found() == cudaSuccess);
+  setenv("VPTQ_EMULATED_CAPABILITY", "75", 1);
+  cudaDeviceProp properties;
+  EXPECT(cudaGetDeviceProperties(&properties, 0) == cudaSuccess && properties.major == 7 && properties.minor == 5);
+  EXPECT(found() == cudaErrorNoKernelImageForDevice && !launches({1, 32}));
+  unsetenv("VPTQ_EMULATED_CAPABILITY");
+}
+
 void test_shapes() {
   EXPECT(launches({1, 32}) && launches({1, 1024}) && launches({dim3(1, 65535), 1, 48 << 10}));
   EXPECT(!launches({1, 0}) && !launches({0, 32}) && !launches({1, 1025}) && !launches({dim3(1, 65536), 32}));
   EXPECT(!launches({1, 32, (48 << 10) + 1}));
   allow_shared(idle, 227 << 10);
   EXPECT(launches({1, 32, 227 << 10}) && !launches({1, 32, (227 << 10) + 1}));
-  EXPECT(cudaFuncSetAttribute(nullptr, cudaFuncAttributeMaxDynamicSharedMemorySize, (227 << 10) + 1) ==
-         cudaErrorInvalidValue);
+  for (const int bytes : {(227 << 10) + 1, (227 << 10) - 1})  // more than there is, or than others may rely on
+    EXPECT(cudaFuncSetAttribute(reinterpret_cast<const void*>(idle), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                bytes) == cudaErrorInvalidValue);
 }
 
 }  // namespace
@@ -164,4 +176,5 @@ void test_runtime_api() {
   test_memory();
   test_devices();
   test_shapes();
+  test_capabilities();
 }

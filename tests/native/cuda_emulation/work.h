@@ -1,4 +1,4 @@
-// A stream's work: what launch.cuh asks of cuda_runtime_api.cpp.
+// A stream's work: what launch.cuh asks of cuda_runtime_api.cpp, and that of kernels.cpp.
 #pragma once
 
 #include <cstddef>
@@ -7,6 +7,15 @@
 #include "cuda_runtime_api.h"
 
 namespace vptq::cuda::emulation {
+
+inline constexpr size_t kSharedBytes = 48 << 10, kSharedBytesOptIn = 227 << 10;
+
+// Notes an error as the thread's last one, and returns it.
+cudaError_t result(cudaError_t error);
+
+int capability();  // ten times what it is called
+// Whether the current device takes a launch of this shape.
+cudaError_t check_launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes);
 
 // Runs a kernel, or records it, after the checks of its shape that the device makes. `thread` is a thread's share.
 cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,

@@ -264,7 +264,7 @@ template <int kRows, int kTokens>
 void launch_sliced(const SlicedUses& uses, const DeviceSliceJobs& jobs, const float* x, int n, Stream stream) {
   const size_t shared = static_cast<size_t>(jobs.n_centroids) * kRows * 2 +
                         static_cast<size_t>(jobs.n_columns + 1) * kTokens * sizeof(float);
-  allow_shared(vq_sliced_kernel<kRows, kTokens>, shared);
+  allow_shared(vq_sliced_kernel<kRows, kTokens>, jobs.most_shared);
   launch(vq_sliced_kernel<kRows, kTokens>, {dim3(jobs.n_blocks), dim3(kThreads<kRows * kTokens>), shared}, stream, uses,
          jobs.jobs, jobs.n_centroids, x, n);
 }
