@@ -118,6 +118,8 @@ def _measure(models: Sequence[Model], plan: Plan, allowed: float, report: dict[s
 def _bench(model: Model, plan: Plan) -> dict[str, Any]:
     SHAPES[model.name] = plan.shape(model.name)
     os.environ["VPTQ_CUDA_KERNEL"] = model.kernel
+    if (host_memory := plan.host_memory) is not None:
+        _native.available_memory = lambda: host_memory
     options = ["--synthetic", model.name, "--quant", model.quant, "--device", "cuda", "--json"]
     options += ["--embedding-type", "q8_0", "--output-type", "q8_0", "-n", str(plan.n_gen)]
     options += ["-p", ",".join(map(str, plan.prompts)), "-b", ",".join(map(str, model.batches))]

@@ -40,6 +40,7 @@ class Plan:
     test_options: tuple[str, ...]  # beside -m gpu
     sanitized: str  # the tests, as pytest -k takes it
     shapes: dict[str, Shape] = field(default_factory=dict)  # by name
+    host_memory: int | None = None  # bytes that the host has available; None: as it says
 
     def shape(self, name: str) -> Shape:
         return self.shapes.get(name) or SHAPES[name]

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from gpu import need_gpu
 
 from vptq_runtime import _native
+from vptq_runtime.shapes import SHAPES
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import check_gpu
@@ -141,6 +143,24 @@ def test_rows_of_a_model() -> None:
     assert memory.found == "2.00 GiB in the file, 3.00 GiB taken, loaded in 1.5 s"
     by_share = gpu_measurements._bench_rows(Model("m", "q", at_least=0.25), SHAPE, measured, {})[0]
     assert by_share.verdict() == "short"
+
+
+def test_memory_that_grows_as_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's file is not refused by what the host says it has, where the caller knows better."""
+    seen = []
+
+    def main(_: list[str]) -> int:
+        seen.append(_native.available_memory())
+        print("{}")
+        return 0
+
+    monkeypatch.setenv("VPTQ_CUDA_KERNEL", "")
+    monkeypatch.setitem(SHAPES, "tiny", SHAPE)
+    monkeypatch.setattr(_native, "available_memory", lambda: 1 << 30)
+    monkeypatch.setattr(gpu_measurements.bench_command, "main", main)
+    for host_memory in (None, 128 << 30):
+        gpu_measurements._bench(TINY.models[0], replace(TINY, host_memory=host_memory))
+    assert seen == [1 << 30, 128 << 30]
 
 
 def test_targets_are_those_of_the_shapes() -> None:
