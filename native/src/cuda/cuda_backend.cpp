@@ -65,7 +65,9 @@ CudaBackend::~CudaBackend() {
 }
 
 std::string CudaBackend::description() const {
-  return "cuda" + (device_ ? ":" + std::to_string(device_) : "") + " (" + name_ + ")";
+  std::string out = "cuda";
+  if (device_) out.append(":").append(std::to_string(device_));
+  return out + " (" + name_ + ")";
 }
 
 size_t CudaBackend::available_memory() const {
