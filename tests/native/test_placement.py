@@ -184,6 +184,16 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Emulated:
 
 
 @pytest.mark.gpu
+def test_a_driver_without_a_gpu(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VPTQ_EMULATED_DEVICES", "0")
+    why = "device cuda: there is no GPU that can be used: the driver lists none"
+    for make in (context, _native.Gpu):
+        with pytest.raises(UnsupportedError, match=f"^{why}$"):
+            make()
+    assert context(device="auto").why_not_cuda == why
+
+
+@pytest.mark.gpu
 def test_a_gpu_that_has_no_machine_code(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VPTQ_EMULATED_CAPABILITY", "75")
     why = (

@@ -320,7 +320,7 @@ void CudaBackend::select_outputs(const Batch& batch, int d, const float* x, floa
 // What the runtime looks for in this library.
 extern "C" {
 
-// Throws UnsupportedError where there is none.
+// Both throw UnsupportedError where there is no GPU.
 __attribute__((visibility("default"))) int vptq_cuda_device_count() {
   int n_devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&n_devices);
@@ -330,6 +330,7 @@ __attribute__((visibility("default"))) int vptq_cuda_device_count() {
 }
 
 __attribute__((visibility("default"))) vptq::Backend* vptq_cuda_backend(int device) {
+  vptq_cuda_device_count();
   return new vptq::cuda::CudaBackend(device);
 }
 
