@@ -35,7 +35,7 @@ def plot(facts: Facts, target: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise OptionError('--plot needs matplotlib: pip install ".[plot]" as README.md says') from error
+        raise OptionError('--plot needs matplotlib: pip install "vptq-runtime[plot]"') from error
 
     kinds = list(dict.fromkeys(linear.kind for linear in facts.linears))
     if not 1 <= len(kinds) <= MAX_KINDS:

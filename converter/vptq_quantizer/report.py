@@ -101,7 +101,7 @@ def plot(layers: Sequence[LayerReport], target: Path) -> None:
     kinds = list(layers[0]["linears"])
     n_columns = len(kinds) // 2 + 1  # in two rows, with room for the legend
     figure = _figure_class()(figsize=(3 * n_columns, 6), layout="constrained")
-    panels = figure.subplots(2, n_columns, sharex=True, sharey=True).flatten()
+    panels = figure.subplots(2, n_columns, sharey=True).flatten()
     for rest in panels[len(kinds) :]:
         rest.remove()
     numbers = [layer["layer"] for layer in layers]
@@ -112,6 +112,7 @@ def plot(layers: Sequence[LayerReport], target: Path) -> None:
             some_error |= any(error > 0 for error in errors)
             panel.plot(numbers, errors, marker=".", label=step)
         panel.set(title=kind, xlabel="decoder layer")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
     panels[0].set(ylabel="relative proxy error", yscale="log" if some_error else "linear")  # of all panels
     figure.legend(*panels[0].get_legend_handles_labels(), loc="lower right", title="after")

@@ -242,7 +242,7 @@ def test_plot_without_matplotlib(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main([str(mixed), "--plot", str(tmp_path / "picture.png")]) == 1
-    assert 'pip install ".[plot]"' in capsys.readouterr().err
+    assert 'pip install "vptq-runtime[plot]"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("target", ["no/such/directory/p.png", "p.nonsense"])
