@@ -30,8 +30,15 @@ def print_report(report: dict[str, Any], *, markdown: bool) -> None:
         del headings["threads"]  # a GPU has none to choose
     if report["model"]["layers_measured"] is not None:
         headings = {name.replace("tok/s", "tok/s (extrapolated)"): side for name, side in headings.items()}
-    print(*_system(report["system"], report["model"]["precision"]), "", sep="\n")
-    print_table(headings, _rows(report), markdown=markdown)
+    rows = _rows(report)
+    print(*_system(report["system"], report["model"]["precision"]), sep="\n")
+    if not markdown:  # what all rows begin with, on a line: a table of the rest fits a terminal
+        name, size, quant = rows[0][:3]
+        print(f"{name}: {size}, {quant}")
+        headings = {heading: headings[heading] for heading in list(headings)[3:]}
+        rows = [row[3:] for row in rows]
+    print()
+    print_table(headings, rows, markdown=markdown)
     print("", *_notes(report), sep="\n")
 
 

@@ -14,7 +14,7 @@ std::string type_name(DType type) {
     case DType::i32: return "I32";
     case DType::bf16: return "BF16";
   }
-  return "type " + std::to_string(static_cast<uint32_t>(type));
+  return "number " + std::to_string(static_cast<uint32_t>(type));
 }
 
 std::string shape_text(const std::vector<int64_t>& shape) {

@@ -97,7 +97,7 @@ TENSORS: dict[str, tuple[bytes, int, str]] = {
     "zero": (info("a", [4, 0]), 1, "shape (0, 4)"),
     "no dimensions": (info("a", []), 1, "0 dimensions, expected 1 to 4"),
     "nine dimensions": (info("a", [1] * 9), 1, "9 dimensions, expected 1 to 4"),
-    "unknown type": (info("a", [32], dtype=12), 1, "type 12"),
+    "unknown type": (info("a", [32], dtype=12), 1, "type number 12"),
     "a plain GGUF": (info("a", [32], dtype=12), 1, "run a plain GGUF with llama.cpp"),
     "half a q8_0 block": (info("a", [33], dtype=8), 1, "type Q8_0 and shape (33,)"),
     "control characters": (info("a\n\x1b[31m", [32], dtype=12), 1, "tensor 'a??[31m'"),

@@ -286,8 +286,12 @@ def test_table(option: list[str], border: str, capsys: pytest.CaptureFixture[str
     header, *rows = cells(out, border)
     if option:
         assert rows.pop(0) == ["---", "--:", "---", "--:", "---", "--:", "--:", "--:"]
-    assert header == HEADINGS
     size = f"{tiny_model().facts(3, 'f16').model_bytes / 2**20:.2f} MiB"
+    lines = out.splitlines()
+    if not option:  # of all rows the same
+        assert lines[2] == f"tiny: {size}, {QUANT}"
+        header, rows = HEADINGS[:3] + header, [["tiny", size, QUANT, *row] for row in rows]
+    assert header == HEADINGS
     assert [row[:5] for row in rows] == [
         ["tiny", size, QUANT, threads, test] for threads in "12" for test in ("pp200", "tg5")
     ]
@@ -295,7 +299,6 @@ def test_table(option: list[str], border: str, capsys: pytest.CaptureFixture[str
         assert re.fullmatch(r"\d+\.\d\d ± \d+\.\d\d", row[5])
         assert re.fullmatch(r"\d+\.\d\d MiB", row[6])
         assert re.fullmatch(r"\d+\.\d%", row[7])
-    lines = out.splitlines()
     assert re.fullmatch(
         r".+, cores: \d+, .+ memory, .+ available; runs on cpu \(.*\), precision auto", lines[0]
     )
