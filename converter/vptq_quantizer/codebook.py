@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -74,18 +75,28 @@ class Codebook:
         return Codebook(self.centroids.to(dtype).float(), res)
 
 
-def train(vectors: Tensor, weights: Tensor, k: int, r: int, generator: torch.Generator) -> Codebook:
+def train(
+    vectors: Tensor,
+    weights: Tensor,
+    k: int,
+    r: int,
+    generator: torch.Generator,
+    show: Callable[[str], object] = lambda what: None,
+) -> Codebook:
     """k centroids and r residual ones (0: none) for vectors (n, v) that count by weights (n,).
 
     k-means gives the centroids, k-means of what they leave the residual ones, and a few rounds fit both.
+    show is told what is being done.
     """
     vectors, weights = sample(vectors, weights, generator)
-    centroids = k_means(vectors, weights, k, generator)
+    centroids = k_means(vectors, weights, k, generator, lambda at: show(f"k-means {at}"))
     if not r:
         return Codebook(centroids)
     left = vectors - centroids[nearest(vectors, centroids, 1)[:, 0]]
-    codebook = Codebook(centroids, k_means(left, weights, r, generator))
-    for _ in range(JOINT_ROUNDS):
+    res_centroids = k_means(left, weights, r, generator, lambda at: show(f"residual k-means {at}"))
+    codebook = Codebook(centroids, res_centroids)
+    for n in range(JOINT_ROUNDS):
+        show(f"k-means, both codebooks {n + 1}/{JOINT_ROUNDS}")
         assert codebook.res_centroids is not None
         index, res_index = codebook.encode(vectors)
         assert res_index is not None

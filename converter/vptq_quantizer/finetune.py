@@ -22,14 +22,19 @@ FIT_STEPS = 40  # of L-BFGS, each about one product of a weight and the Hessian
 
 
 def finetune_linear(
-    problem: Problem, layer: QuantizedLinear, dtype: torch.dtype, step: Callable[[str, QuantizedLinear], None]
+    problem: Problem,
+    layer: QuantizedLinear,
+    dtype: torch.dtype,
+    step: Callable[[str, QuantizedLinear], None],
+    show: Callable[[str], object] = lambda what: None,
 ) -> QuantizedLinear:
     """The layer fitted in ROUNDS rounds, in numbers that dtype holds; what does not lower the damped error is
-    not kept. step("fine-tuning", layer) is told the state at the end.
+    not kept. step("fine-tuning", layer) is told the state at the end; show, in words, what is being done.
     """
     error = float(problem.objective(layer.weight()))
-    for _ in range(ROUNDS):
-        for improve in (_fit, _choose_again):
+    for n in range(ROUNDS):
+        for name, improve in (("centroids", _fit), ("indices", _choose_again)):
+            show(f"fine-tuning {n + 1}/{ROUNDS}, {name}")
             candidate = improve(problem, layer, dtype)
             candidate_error = float(problem.objective(candidate.weight()))
             if candidate_error < error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import faiss
 import torch
 from torch import Tensor
@@ -21,20 +23,27 @@ def sample(vectors: Tensor, weights: Tensor, generator: torch.Generator) -> tupl
     return vectors[chosen], weights[chosen]
 
 
-def k_means(vectors: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
+def k_means(
+    vectors: Tensor,
+    weights: Tensor,
+    k: int,
+    generator: torch.Generator,
+    show: Callable[[str], object] = lambda at: None,
+) -> Tensor:
     """k centroids (k, v) that make the weighted squared distance of vectors (n, v) to the nearest small.
 
     weights (n,) are not negative. The first centroids are vectors drawn with probability in proportion to
-    their weight; a centroid that loses all its vectors is moved to where there are many.
+    their weight; a centroid that loses all its vectors is moved to where there are many. show is told
+    which iteration it is at.
     """
     weights = weights / weights.mean().clamp_min(torch.finfo(torch.float32).tiny)
     # A vector of no weight is drawn when the others are used up: with few vectors, or dead inputs.
     first = _draw(weights.double().cpu() + 1e-12, k, generator).to(vectors.device)
     if vectors.is_cuda:
-        return lloyd(vectors, weights, vectors[first].clone())
+        return lloyd(vectors, weights, vectors[first].clone(), show)
     seed = int(torch.randint(2**31 - 1, (1,), generator=generator))
     clustering = faiss.Clustering(vectors.shape[1], k)
-    clustering.niter = ITERATIONS
+    clustering.niter = 1  # at a time: it goes on from its centroids
     clustering.seed = seed
     clustering.min_points_per_centroid = 1  # no advice
     clustering.max_points_per_centroid = len(vectors)  # no further sampling
@@ -42,7 +51,9 @@ def k_means(vectors: Tensor, weights: Tensor, k: int, generator: torch.Generator
     faiss.copy_array_to_vector(vectors[first].numpy().ravel(), clustering.centroids)
     v = vectors.shape[1]
     index = inverted_file(k, v) if k >= MANY_CENTROIDS else faiss.IndexFlatL2(v)
-    clustering.train(vectors.numpy(), index, weights.numpy())
+    for n in range(ITERATIONS):
+        show(f"{n + 1}/{ITERATIONS}")
+        clustering.train(vectors.numpy(), index, weights.numpy())
     return torch.from_numpy(faiss.vector_to_array(clustering.centroids).reshape(k, v))
 
 
@@ -52,9 +63,12 @@ def _draw(chances: Tensor, k: int, generator: torch.Generator) -> Tensor:
     return times.topk(k, largest=False).indices
 
 
-def lloyd(vectors: Tensor, weights: Tensor, centroids: Tensor) -> Tensor:
+def lloyd(
+    vectors: Tensor, weights: Tensor, centroids: Tensor, show: Callable[[str], object] = lambda at: None
+) -> Tensor:
     """k-means from these centroids (k, v) on, as torch does it on any device."""
-    for _ in range(ITERATIONS):
+    for n in range(ITERATIONS):
+        show(f"{n + 1}/{ITERATIONS}")
         code = nearest(vectors, centroids, 1)[:, 0]
         total = torch.bincount(code, weights, len(centroids))
         # An empty centroid goes beside one of the greatest weight: the next round divides its vectors.

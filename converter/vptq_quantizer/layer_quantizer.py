@@ -86,11 +86,12 @@ def quantize_linear(
     dtype: torch.dtype,
     generator: torch.Generator,
     step: Callable[[str, QuantizedLinear], None],
+    show: Callable[[str], object] = lambda what: None,
 ) -> QuantizedLinear:
     """Quantises problem.weight by `config`, in numbers that `dtype` (float16 or bfloat16) holds.
 
-    step(name, layer) is told the state after each step: "k-means", "second order". Raises FileError for
-    weights that come out larger than `dtype` holds.
+    step(name, layer) is told the state after each step: "k-means", "second order"; show, in words, what is
+    being done. Raises FileError for weights that come out larger than `dtype` holds.
     """
     most = torch.finfo(dtype).max
     weight, damped = problem.weight, problem.damped
@@ -113,26 +114,38 @@ def quantize_linear(
     parts += [(config.group_size, config.v, config.k, config.r)] * config.g
     for width, v, k, r in parts:
         columns = slice(start, start + width)
-        codebook = _train_codebook(normalised[columns], column_weights[columns], v, k, r, generator)
+        codebook = _train_codebook(normalised[columns], column_weights[columns], v, k, r, generator, show)
         codebook = codebook.rounded(dtype)
         problem.check("centroids", codebook.centroids, most)
         problem.check("residual centroids", codebook.res_centroids, most)
+        show("k-means, nearest centroids")
         segments.append(Segment.encode(normalised[columns], start, codebook))
         start += width
     layer = QuantizedLinear(config, segments, perm, scale, shift)
     step("k-means", layer)
     if options.second_order:
         undecided = normalised.clone()  # no error yet
-        column_pass(normalised, undecided, sweep_feedback(hessian), layer.encode_column, triangular=True)
+        show("second order")
+        feedback = sweep_feedback(hessian)
+        column_pass(
+            normalised, undecided, feedback, layer.encode_column, lambda at: show(f"second order {at}"),
+            triangular=True,
+        )  # fmt: skip
         step("second order", layer)
     return layer
 
 
 def _train_codebook(
-    columns: Tensor, column_weights: Tensor, v: int, k: int, r: int, generator: torch.Generator
+    columns: Tensor,
+    column_weights: Tensor,
+    v: int,
+    k: int,
+    r: int,
+    generator: torch.Generator,
+    show: Callable[[str], object],
 ) -> Codebook:
     """Of columns (width, out_features), cut into vectors; a rest that fills none trains nothing."""
     width, out_features = columns.shape
     n_blocks = out_features // v
     vectors = columns[:, : n_blocks * v].reshape(width * n_blocks, v)
-    return train(vectors, column_weights.repeat_interleave(n_blocks), k, r, generator)
+    return train(vectors, column_weights.repeat_interleave(n_blocks), k, r, generator, show)

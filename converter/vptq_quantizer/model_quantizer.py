@@ -209,23 +209,15 @@ class _Run:
         errors: dict[str, float] = {}
         seconds: dict[str, float] = {}
         begin = time.monotonic()
-        steps = iter(
-            ["k-means"]
-            + ["second order"] * self.options.second_order
-            + ["fine-tuning"] * self.options.finetune
-            + ["done"]
-        )
-        show(next(steps))
 
         def step(name: str, layer: QuantizedLinear) -> None:
             errors[name] = problem.relative_error(layer.weight())
             seconds[name] = time.monotonic() - begin - sum(seconds.values())
-            show(next(steps))
 
         generator = torch.Generator().manual_seed(seed)
-        layer = quantize_linear(problem, config, self.options, self.dtype, generator, step)
+        layer = quantize_linear(problem, config, self.options, self.dtype, generator, step, show)
         if self.options.finetune:
-            layer = finetune_linear(problem, layer, self.dtype, step)
+            layer = finetune_linear(problem, layer, self.dtype, step, show)
         return layer, {"proxy_error": errors, "seconds": seconds}
 
     def entries(self) -> dict[str, Any]:

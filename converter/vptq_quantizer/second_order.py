@@ -34,16 +34,20 @@ def column_pass(
     quantised: Tensor,
     feedback: Tensor,
     encode: Callable[[int, Tensor], Tensor],
+    show: Callable[[str], object] = lambda at: None,
+    *,
     triangular: bool,
 ) -> None:
     """Quantises each column j to encode(j, target), which returns the column that it has chosen.
 
     columns, quantised (in_features, out_features): a column of the weight is a row here, and quantised is
-    overwritten. triangular: feedback is upper triangular, and at first quantised holds the columns.
+    overwritten. triangular: feedback is upper triangular, and at first quantised holds the columns. show is
+    told, now and then, at which column it is.
     """
     n_columns = len(columns)
     for start in range(0, n_columns, BLOCK):
         stop = min(start + BLOCK, n_columns)
+        show(f"{start}/{n_columns}")
         known = slice(0, start if triangular else n_columns)
         # What columns outside of the block ask for, all at once; those in the block follow one by one.
         errors = columns[known] - quantised[known]

@@ -157,6 +157,26 @@ def test_no_input_at_all() -> None:
     assert without < 0.6
 
 
+def test_what_is_being_done_is_said() -> None:
+    """A matrix of a large model takes minutes."""
+    p, options, told = problem(62, 200), OPTIONS["residual"], list[str]()
+    config, generator = options.layer_config("layer", 62, 200), torch.Generator().manual_seed(0)
+    layer = quantize_linear(p, config, options, torch.float16, generator, lambda *_: None, told.append)
+    finetune_linear(p, layer, torch.float16, lambda *_: None, told.append)
+    iterations = [f"{n + 1}/25" for n in range(25)]
+    rounds = [f"fine-tuning {n}/3, {what}" for n in (1, 2, 3) for what in ("centroids", "indices")]
+    assert told == [
+        *(f"k-means {at}" for at in iterations),
+        *(f"residual k-means {at}" for at in iterations),
+        *(f"k-means, both codebooks {n}/3" for n in (1, 2, 3)),
+        "k-means, nearest centroids",
+        "second order",
+        "second order 0/200",
+        "second order 128/200",
+        *rounds,
+    ]
+
+
 @pytest.mark.parametrize("power", [-30, -20, 20, 30])
 def test_fine_tuning_does_not_depend_on_the_hessians_scale(power: int) -> None:
     """By a power of two, so that all roundings are the same."""
