@@ -61,6 +61,7 @@ def tune(
     what to report: "kl_divergence", before and after, in the numbers that are stored, on text that was not
     trained on; and "kept": where the training did not lower it, everything is as it was before.
     """
+    progress.show("end to end")
     teacher = dense.whole()
     # Norms are copied, as they are trained; all else is the teacher's own, or soon replaced.
     shared = {id(p): p for name, p in teacher.named_parameters() if not name.endswith("norm.weight")}

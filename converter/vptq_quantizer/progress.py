@@ -22,9 +22,10 @@ class RunProgress(AbstractContextManager["RunProgress"]):
     """
 
     def __init__(self, total: int, done: int, tell: Callable[[str], None]) -> None:
-        # What is being done stands last: it has any length, and the others should keep their places.
+        # What is being done stands last: it has any length, and the others should keep their places. With a
+        # wider bar the longest would not fit 80 columns.
         columns = (
-            BarColumn(20),
+            BarColumn(12),
             TaskProgressColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
