@@ -7,8 +7,7 @@ import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,6 @@ OPTION_NAMES = command.RUNTIME_OPTIONS | {
     "max_windows": "--windows",
     "dtype": "--compare-dtype",
 }
-LINE_S = 60.0  # between two lines of progress where there is no terminal
 TOKENIZER_BYTES = 150  # of memory for a byte of ordinary text
 DESCRIPTION = "Perplexity of a VPTQ model on a text, and how far its predictions are from another model's."
 EPILOG = """\
@@ -121,7 +119,8 @@ def _text(file: str) -> str:
 def _measure(runtime: Runtime, text: str, arguments: argparse.Namespace) -> None:
     """Loads the reference, scores the windows, and prints what came of it, also where Ctrl-C ends it."""
     from vptq_runtime.perplexity import running_comparison, running_perplexity, windows_of
-    from vptq_runtime.perplexity_report import print_report
+    from vptq_runtime.perplexity_report import print_report, running
+    from vptq_runtime.progress import RunProgress, print_line
 
     _check_memory(text)
     tokens = runtime.tokenize(text)
@@ -142,9 +141,9 @@ def _measure(runtime: Runtime, text: str, arguments: argparse.Namespace) -> None
                 print_report(runtime, last, arguments, time.monotonic() - start)
 
         try:
-            with _bar(windows.n_windows) as show:
+            with RunProgress(windows.n_windows, 0, print_line) as progress:
                 for last in results:
-                    show(last)
+                    progress.advance(running(last), 1)
         except KeyboardInterrupt:
             report()
             raise
@@ -194,37 +193,6 @@ def _check_same_tokens(reference: Runtime | DenseModel, text: str, tokens: list[
         at, (found, expected) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
         what = f"found a tokenizer that makes token {at} of the text {found}"
         raise OptionError(f"reference: {what}, expected {expected} as the model's: they read other tokens")
-
-
-@contextlib.contextmanager
-def _bar(n_windows: int) -> Iterator[Callable[[Result], None]]:
-    """On a terminal a bar, with the estimate so far; else a line a minute."""
-    from vptq_runtime.perplexity_report import running
-
-    if not sys.stderr.isatty():
-        begin = told_at = time.monotonic()
-        n_done = 0
-
-        def tell(so_far: Result) -> None:
-            nonlocal n_done, told_at
-            n_done += 1
-            now = time.monotonic()
-            if now - told_at >= LINE_S:
-                told_at = now
-                left = timedelta(seconds=round((now - begin) / n_done * (n_windows - n_done)))
-                line = f"{n_done} of {n_windows} windows, about {left} left: {running(so_far)}"
-                print(line, file=sys.stderr, flush=True)
-
-        yield tell
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = ("Windows", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    estimate = TextColumn("{task.fields[estimate]}", markup=False)
-    with Progress(*columns, estimate, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=n_windows, estimate="")
-        yield lambda so_far: bar.update(task, advance=1, estimate=running(so_far))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from vptq_quantizer.options import OPTION_NAMES, QuantizeOptions
 from vptq_quantizer.report import check_plot, plot, table
 from vptq_runtime import command
 from vptq_runtime.errors import FileError
+from vptq_runtime.progress import print_line
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,10 +116,6 @@ def _run(arguments: argparse.Namespace) -> None:
     def warn(message: str) -> None:
         print(f"vptq-quantize: warning: {message}", file=sys.stderr)
 
-    def tell(message: str) -> None:
-        if not sys.stderr.isatty():  # else there is a bar
-            print(message, file=sys.stderr, flush=True)
-
     try:
         report = quantize(
             arguments.model,
@@ -129,7 +126,7 @@ def _run(arguments: argparse.Namespace) -> None:
             layers=layers,
             device=arguments.device,
             warn=warn,
-            tell=tell,
+            tell=print_line,
         )
     except KeyboardInterrupt:
         print("vptq-quantize: interrupted; the same command goes on with what is finished", file=sys.stderr)

@@ -20,8 +20,8 @@ from vptq_quantizer.calibration import Calibration
 from vptq_quantizer.checkpoint_writer import Part
 from vptq_quantizer.dense_model import DenseModel
 from vptq_quantizer.options import QuantizeOptions
-from vptq_quantizer.progress import RunProgress
 from vptq_quantizer.quantized_linear import QuantizedLinear
+from vptq_runtime.progress import RunProgress
 
 BATCH_TOKENS = 4096  # of one step
 LEARNING_RATE = 3e-3  # times a parameter's root mean square: how far Adam moves it in a step
@@ -98,9 +98,7 @@ def tune(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        done = f"end to end: step {step + 1}, KL divergence {value.item():.4f}"
-        progress.show(done)
-        progress.advance(done, 1)
+        progress.advance(f"end to end: step {step + 1}, KL divergence {value.item():.4f}", 1)
     with torch.no_grad():
         for p in trained:
             p.copy_(p.to(dtype))

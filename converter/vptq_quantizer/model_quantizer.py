@@ -24,11 +24,11 @@ from vptq_quantizer.finetune import finetune_linear
 from vptq_quantizer.hessians import HESSIAN_OF, HessianStore, collect, model_key
 from vptq_quantizer.layer_quantizer import Problem, quantize_linear
 from vptq_quantizer.options import QuantizeOptions, option_error
-from vptq_quantizer.progress import RunProgress
 from vptq_quantizer.quantized_linear import QuantizedLinear, config_entry
 from vptq_quantizer.report import run_report
 from vptq_runtime.dense_model import is_out_of_memory
 from vptq_runtime.errors import OptionError, OutOfMemoryError, UnsupportedError
+from vptq_runtime.progress import RunProgress
 
 
 @contextmanager

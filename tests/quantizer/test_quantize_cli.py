@@ -13,6 +13,8 @@ from dense_models import SEQ_LEN
 from vptq_quantizer import cli, model_quantizer
 from vptq_quantizer.report import plot
 
+from vptq_runtime import progress
+
 SMALL = ["--vector-len", "4", "--centroids", "16", "--samples", "8", "--seq-len", str(SEQ_LEN)]
 
 
@@ -28,13 +30,31 @@ def test_success(
     assert f"{out}: {report['bits_per_weight']:.3f} bits per quantised weight" in captured.out
     for title in ("k-means", "second order", "fine-tuning", "bits", "seconds"):
         assert title in captured.out
-    # Without a terminal a line for each matrix, of two layers; not if that is less than a fiftieth of all.
-    lines = captured.err.splitlines()
-    line = re.compile(r"layer [01]: [a-z_.]+: proxy error 0\.\d{4}; (\d+)% done, about 0:0\d:\d\d left")
-    shares = [int(match[1]) for match in map(line.fullmatch, lines) if match]
-    assert 10 < len(shares) == len(lines) <= 14
-    assert shares == sorted(shares) and shares[-1] == 100
+    assert captured.err == ""
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_lines_without_a_terminal(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """For matrices and steps of training, when the last one is old enough; what was done before counts."""
+    monkeypatch.setattr(progress, "LINE_S", 0)
+    command = [str(model), str(tmp_path / "out"), *SMALL, "--calibration", str(text), "--end-to-end", "2"]
+    matrix = re.compile(r"layer ([01]): [a-z_.]+: proxy error 0\.\d{4}; (\d+)% done, about 0:0\d:\d\d left")
+    training = re.compile(r"end to end: step \d, KL divergence \d\.\d{4}; (50|100)% done, about .+ left")
+    assert cli.main([*command, "--layers", "0"]) == 0
+    layer = [match.groups() for match in map(matrix.fullmatch, capsys.readouterr().err.splitlines()) if match]
+    assert len(layer) == 7 and layer[-1] == ("0", "100")
+    assert cli.main(command) == 0
+    *lines, first, last = capsys.readouterr().err.splitlines()
+    rest = [match.groups() for match in map(matrix.fullmatch, lines) if match]
+    assert len(rest) == 7 == len(lines) and rest[-1] == ("1", "100")
+    assert all(50 < int(share) <= 100 for _, share in rest)
+    assert training.fullmatch(first) and training.fullmatch(last)
 
 
 def test_switches(dense_model: Callable[[str], Path], text: Path, tmp_path: Path) -> None:

@@ -1,10 +1,7 @@
 """vptq-perplexity: what comes out where, and with which exit status."""
 
 import json
-import os
-import pty
 import re
-import select
 import shutil
 import subprocess
 import sys
@@ -440,40 +437,6 @@ def test_ctrl_c_reports_the_windows_so_far(
     report = json.loads(capsys.readouterr().out)
     assert report["n_windows"] == 2
     assert report["perplexity"] == as_json(expected.perplexity)
-
-
-def test_lines_without_a_terminal(
-    model: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(perplexity_cli, "LINE_S", 0)
-    assert perplexity_cli.main(["-m", str(model), str(text), "-c", "100", "--windows", "3"]) == 0
-    *lines, _ = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3
-    for n, line in enumerate(lines, 1):
-        assert re.match(rf"{n} of 3 windows, about 0:0\d:\d\d left: perplexity [\d.]+", line)
-
-
-def test_a_bar_on_a_terminal(model: Path, text: Path) -> None:
-    """With the estimate so far; none of it reaches standard output."""
-    master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [*COMMAND, "-m", str(model), str(text), "-c", "64"],
-        stdout=subprocess.PIPE,
-        stderr=slave,
-        env=os.environ | {"TERM": "xterm", "COLUMNS": "120"},
-    )
-    os.close(slave)
-    shown = b""
-    while select.select([master], [], [], 60)[0]:
-        try:
-            shown += os.read(master, 4096)
-        except OSError:  # what Linux says at the end
-            break
-    assert process.stdout is not None
-    output = process.stdout.read().decode()
-    assert process.wait(60) == 0
-    assert re.search(r"Windows.*\d+/\d+.*perplexity [\d.]+ ± [\d.]+", shown.decode())
-    assert re.fullmatch(r"[^\n\x1b]*: perplexity [^\n\x1b]*\npapers: [^\n\x1b]*\n", output)
 
 
 def test_usage_waits_for_no_library() -> None:
