@@ -1,6 +1,6 @@
 """A model that vptq-bench makes in no time, and its tables."""
 
-from vptq_runtime.shapes import Shape
+from vptq_runtime.bench.shapes import Shape
 
 TINY = Shape(3, 64, 96, 4, 2, 160, 256, 1e4, head_dim=16)
 QUANT = "v6-k256-16"  # neither 64, 96 nor 32 output features are whole vectors of 6; indices of 12 bits

@@ -32,7 +32,7 @@ import gpu_tests
 from gpu_plans import FULL, TINY, Plan
 from gpu_report import Row, print_rows
 
-from vptq_runtime import command
+from vptq_runtime.commands import command
 from vptq_runtime.errors import OptionError
 from vptq_runtime.generation import check_int
 

@@ -29,14 +29,15 @@ from typing import Any
 
 from random_gguf import SCALES, random_tensors, write_random
 
-from vptq_runtime import _native, command
-from vptq_runtime.bench import MIN_LAYERS
-from vptq_runtime.bench_report import print_table
+from vptq_runtime import _native
+from vptq_runtime.bench.cli import MIN_LAYERS
+from vptq_runtime.bench.report import print_table
+from vptq_runtime.bench.shapes import SHAPES, Shape
+from vptq_runtime.bench.speed import Measured, SpeedTest, extrapolated
+from vptq_runtime.bench.synthetic import Quant, SyntheticModel
+from vptq_runtime.commands import command
 from vptq_runtime.errors import OutOfMemoryError, VPTQError
 from vptq_runtime.generation import check_int
-from vptq_runtime.shapes import SHAPES, Shape
-from vptq_runtime.speed import Measured, SpeedTest, extrapolated
-from vptq_runtime.synthetic import Quant, SyntheticModel
 
 QUANTS = "v8-k65536-0,v6-k4096-0,v8-k4096-0,v8-k65536-256,v16-k65536-65536"
 # Tokens a second of each test, by its name (pp512, tg32).
@@ -167,7 +168,7 @@ def run_vptq_runtime(
     options += ["--embedding-type", "q8_0", "--output-type", "q8_0", "-p", str(arguments.n_prompt)]
     options += ["-n", str(arguments.n_gen), "-t", str(arguments.threads), "-r", "1", "--json"]
     options += ["--device", "cpu"]
-    found = json.loads(output_of([sys.executable, "-m", "vptq_runtime.bench", *options]))
+    found = json.loads(output_of([sys.executable, "-m", "vptq_runtime.bench.cli", *options]))
     return {result["test"]: result["tok_s"] for result in found["results"]}, found["system"]
 
 

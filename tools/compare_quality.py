@@ -41,8 +41,8 @@ from quality_models import (
 )
 from vptq_quantizer.safe_files import write_json
 
-from vptq_runtime import command
-from vptq_runtime.bench_report import print_table
+from vptq_runtime.bench.report import print_table
+from vptq_runtime.commands import command
 from vptq_runtime.errors import FileError, OptionError
 from vptq_runtime.generation import check_int
 

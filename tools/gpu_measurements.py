@@ -23,11 +23,11 @@ from matrix_rate import matrix_seconds
 from random_layer import layer_bytes, raw_tensors, rotating_layers
 
 from vptq_runtime import _native
-from vptq_runtime import bench as bench_command
-from vptq_runtime import machine as machine_module
-from vptq_runtime.shapes import SHAPES, Shape
-from vptq_runtime.speed import LAST_FOR_ALL
-from vptq_runtime.synthetic import Quant
+from vptq_runtime.bench import cli as bench_command
+from vptq_runtime.bench import machine as machine_module
+from vptq_runtime.bench.shapes import SHAPES, Shape
+from vptq_runtime.bench.speed import LAST_FOR_ALL
+from vptq_runtime.bench.synthetic import Quant
 
 SMI_FIELDS = ("driver_version", "compute_cap", "clocks.max.sm", "clocks.max.memory", "power.limit")
 Found = tuple[dict[str, Any], list[Row]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vptq_runtime.shapes import SHAPES, Shape
+from vptq_runtime.bench.shapes import SHAPES, Shape
 
 
 @dataclass(frozen=True)

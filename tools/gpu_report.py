@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vptq_runtime.bench_report import print_table
+from vptq_runtime.bench.report import print_table
 
 HEADINGS = {
     "part": "left",

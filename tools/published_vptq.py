@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from random_layer import Arrays
 
-from vptq_runtime.synthetic import Quant
+from vptq_runtime.bench.synthetic import Quant
 
 # The package imports sentence_transformers for one isinstance check and needs nothing of it here.
 for name in ("sentence_transformers", "sentence_transformers.SentenceTransformer"):

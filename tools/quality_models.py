@@ -15,9 +15,10 @@ from vptq_converter import convert
 from vptq_converter.facts import read_facts
 from vptq_quantizer import QuantizeOptions, quantize
 
-from vptq_runtime import Runtime, command
+from vptq_runtime import Runtime
+from vptq_runtime.commands import command
 from vptq_runtime.errors import OptionError, VPTQError
-from vptq_runtime.perplexity import compare
+from vptq_runtime.evaluate.perplexity import compare
 
 DENSE = "dense"
 LLAMACPP = "llama.cpp"  # in place of a step

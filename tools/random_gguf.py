@@ -11,9 +11,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 from vptq_converter.gguf_writer import OutputTensor, write_gguf
 
+from vptq_runtime.bench.shapes import Shape
+from vptq_runtime.bench.synthetic import CHUNK, Random, hyperparameters
 from vptq_runtime.errors import OptionError
-from vptq_runtime.shapes import Shape
-from vptq_runtime.synthetic import CHUNK, Random, hyperparameters
 
 # Where a block of each type has its f16 scales, in bytes from its start; all else in it may be any bits.
 SCALES = {

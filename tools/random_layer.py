@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 from vptq_converter.gguf_writer import OutputTensor
 
-from vptq_runtime.synthetic import Quant, Random, vptq_linear
+from vptq_runtime.bench.synthetic import Quant, Random, vptq_linear
 
 if TYPE_CHECKING:
     from vptq_runtime._native import RawTensor

@@ -2,6 +2,6 @@
 
 import sys
 
-from vptq_runtime.cli import main
+from vptq_runtime.commands.run import main
 
 sys.exit(main())

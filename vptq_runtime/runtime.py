@@ -24,16 +24,16 @@ from vptq_runtime.generation import (
 from vptq_runtime.kept_sequence import KeptSequence
 from vptq_runtime.metadata import Metadata
 from vptq_runtime.sequence import DecodingSequence
-from vptq_runtime.text_stream import TextStream
-from vptq_runtime.tokenizer import Tokenizer
+from vptq_runtime.text.text_stream import TextStream
+from vptq_runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from typing_extensions import Unpack
 
-    from vptq_runtime.chat import ChatTemplate, Message
     from vptq_runtime.generation import GenerateOptions
+    from vptq_runtime.text.chat_template import ChatTemplate, Message
 
     Prompts = list[str] | list[list[int]] | list[str | list[int]]
 
@@ -473,7 +473,7 @@ class Runtime:
 
     @cached_property
     def _chat_template(self) -> ChatTemplate:
-        from vptq_runtime.chat import ChatTemplate  # jinja2 is only loaded for a chat
+        from vptq_runtime.text.chat_template import ChatTemplate  # jinja2 is only loaded for a chat
 
         return ChatTemplate.of_file(self.metadata, self._need_tokenizer(), self._path)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vptq_runtime.generation import FinishReason, Generation, Timings
-from vptq_runtime.text_stream import TextStream
+from vptq_runtime.text.text_stream import TextStream
 
 if TYPE_CHECKING:
     from vptq_runtime._native import Sampler

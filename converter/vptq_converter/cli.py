@@ -8,7 +8,7 @@ import sys
 
 from vptq_converter.convert import DENSE_TYPES, convert
 from vptq_converter.dequantize import FILE_TYPES
-from vptq_runtime import command
+from vptq_runtime.commands import command
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vptq_converter.facts import Facts, Linear, read_facts
-from vptq_runtime import command, demo_path
+from vptq_runtime import demo_path
+from vptq_runtime.commands import command
 
 WAYS = {
     "whole_file": "whole file",

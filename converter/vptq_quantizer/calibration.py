@@ -15,7 +15,7 @@ from vptq_converter.tokenizer import read_tokenizer
 
 from vptq_quantizer.options import option_error
 from vptq_runtime.errors import OptionError
-from vptq_runtime.tokenizer import Tokenizer
+from vptq_runtime.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

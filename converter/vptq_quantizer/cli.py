@@ -13,9 +13,9 @@ from vptq_converter.checkpoint import Checkpoint, is_hub_id
 
 from vptq_quantizer.options import OPTION_NAMES, QuantizeOptions
 from vptq_quantizer.report import check_plot, plot, table
-from vptq_runtime import command
+from vptq_runtime.commands import command
+from vptq_runtime.commands.progress import print_line
 from vptq_runtime.errors import FileError
-from vptq_runtime.progress import print_line
 
 
 def _parser() -> argparse.ArgumentParser:

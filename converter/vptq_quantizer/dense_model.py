@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from vptq_converter.architectures import LINEARS, Model, read_model
 from vptq_converter.checkpoint import Checkpoint
 
-from vptq_runtime.dense_model import class_and_config, quiet
 from vptq_runtime.errors import FileError, UnsupportedError
+from vptq_runtime.evaluate.dense_model import class_and_config, quiet
 
 BATCH_TOKENS = 8192  # tokens that go through a layer at a time: bounds the memory of its activations
 

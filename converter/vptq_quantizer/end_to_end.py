@@ -21,7 +21,7 @@ from vptq_quantizer.checkpoint_writer import Part
 from vptq_quantizer.dense_model import DenseModel
 from vptq_quantizer.options import QuantizeOptions
 from vptq_quantizer.quantized_linear import QuantizedLinear
-from vptq_runtime.progress import RunProgress
+from vptq_runtime.commands.progress import RunProgress
 
 BATCH_TOKENS = 4096  # of one step
 LEARNING_RATE = 3e-3  # times a parameter's root mean square: how far Adam moves it in a step

@@ -26,9 +26,9 @@ from vptq_quantizer.layer_quantizer import Problem, quantize_linear
 from vptq_quantizer.options import QuantizeOptions, option_error
 from vptq_quantizer.quantized_linear import QuantizedLinear, config_entry
 from vptq_quantizer.report import run_report
-from vptq_runtime.dense_model import is_out_of_memory
+from vptq_runtime.commands.progress import RunProgress
 from vptq_runtime.errors import OptionError, OutOfMemoryError, UnsupportedError
-from vptq_runtime.progress import RunProgress
+from vptq_runtime.evaluate.dense_model import is_out_of_memory
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from dense_models import SEQ_LEN
 from vptq_quantizer import cli, model_quantizer
 from vptq_quantizer.report import plot
 
-from vptq_runtime import progress
+from vptq_runtime.commands import progress
 
 SMALL = ["--vector-len", "4", "--centroids", "16", "--samples", "8", "--seq-len", str(SEQ_LEN)]
 

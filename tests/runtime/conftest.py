@@ -14,8 +14,9 @@ from tiny_bench import TINY
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from vptq_converter.convert import convert
 
-from vptq_runtime import Runtime, machine
-from vptq_runtime.shapes import SHAPES
+from vptq_runtime import Runtime
+from vptq_runtime.bench import machine
+from vptq_runtime.bench.shapes import SHAPES
 
 # Changes of a checkpoint's JSON files: file name -> entries to set.
 Changes = Mapping[str, Mapping[str, Any]]

@@ -10,8 +10,8 @@ from gguf import GGUFValueType
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from vptq_converter.gguf_writer import write_gguf
 
-from vptq_runtime.shapes import Shape
-from vptq_runtime.synthetic import Quant, SyntheticModel
+from vptq_runtime.bench.shapes import Shape
+from vptq_runtime.bench.synthetic import Quant, SyntheticModel
 
 # As of an 8B Llama 3: 32 layers, each with 7 MiB of codebooks, and 128256 tokens. The rest is small.
 SHAPE = Shape(32, 256, 1024, 4, 2, 128256, 8192, 5e5, head_dim=64)
@@ -20,7 +20,7 @@ REST = 150 << 20
 
 RUN = """
 import sys
-from vptq_runtime.cli import main
+from vptq_runtime.commands.run import main
 status = main(sys.argv[1:])
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
 print(peak, file=sys.stderr)

@@ -4,8 +4,8 @@ import pytest
 
 from vptq_runtime._native import Sampler
 from vptq_runtime.sequence import DecodingSequence
-from vptq_runtime.text_stream import TextStream
-from vptq_runtime.tokenizer import Tokenizer
+from vptq_runtime.text.text_stream import TextStream
+from vptq_runtime.text.tokenizer import Tokenizer
 
 EOS = 1
 E_ACUTE = "é".encode()

@@ -13,7 +13,7 @@ import pytest
 from gpu import need_gpu
 
 from vptq_runtime import _native
-from vptq_runtime.shapes import SHAPES
+from vptq_runtime.bench.shapes import SHAPES
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import check_gpu

@@ -11,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFReader, quants
 
 from vptq_runtime import _native
-from vptq_runtime.shapes import SHAPES, Shape
+from vptq_runtime.bench.shapes import SHAPES, Shape
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import compare_llamacpp

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from vptq_runtime import _native
-from vptq_runtime.synthetic import Quant
+from vptq_runtime.bench.synthetic import Quant
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import compare_vptq_cuda

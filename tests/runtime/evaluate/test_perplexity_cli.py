@@ -16,10 +16,12 @@ from checkpoints import write_checkpoint
 from configurations import ARCHITECTURES, VOCAB_SIZE
 from converted import change_json, change_tensors
 
-from vptq_runtime import Runtime, _native, command, demo_path, perplexity_cli
-from vptq_runtime import perplexity as perplexity_module
-from vptq_runtime.dense_model import DenseModel
-from vptq_runtime.perplexity import Estimate, Perplexity, compare, perplexity
+from vptq_runtime import Runtime, _native, demo_path
+from vptq_runtime.commands import command
+from vptq_runtime.evaluate import cli as perplexity_cli
+from vptq_runtime.evaluate import perplexity as perplexity_module
+from vptq_runtime.evaluate.dense_model import DenseModel
+from vptq_runtime.evaluate.perplexity import Estimate, Perplexity, compare, perplexity
 
 COMMAND = [str(Path(sys.executable).with_name("vptq-perplexity"))]  # as installed
 SPEED = r"\d+ tokens in [\d.]+ s, [\d.]+ tok/s \| cpu \(.*\).*\n"
@@ -440,7 +442,7 @@ def test_ctrl_c_reports_the_windows_so_far(
 
 
 def test_usage_waits_for_no_library() -> None:
-    code = "import sys, vptq_runtime.perplexity_cli as c; c.parser(); print(sorted(sys.modules))"
+    code = "import sys, vptq_runtime.evaluate.cli as c; c.parser(); print(sorted(sys.modules))"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, check=True, timeout=60
     ).stdout.decode()
@@ -450,7 +452,7 @@ def test_usage_waits_for_no_library() -> None:
 
 def test_a_file_to_compare_with_needs_no_pytorch(model: Path, text: Path) -> None:
     code = (
-        "import sys; from vptq_runtime.perplexity_cli import main; "
+        "import sys; from vptq_runtime.evaluate.cli import main; "
         "status = main(sys.argv[1:]); sys.exit(status or ('torch' in sys.modules))"
     )
     arguments = ["-m", str(model), str(text), "--windows", "1", "--compare", str(model)]

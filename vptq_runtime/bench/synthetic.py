@@ -21,9 +21,9 @@ from vptq_converter.dense import OPTION_TYPES, Q8_0_BLOCK
 from vptq_converter.gguf_writer import OutputTensor, write_in_place
 from vptq_converter.layer import index_bits, packed_words
 
+from vptq_runtime.bench.shapes import Shape
+from vptq_runtime.bench.speed import ModelFacts, kv_bytes
 from vptq_runtime.errors import OptionError, OutOfMemoryError
-from vptq_runtime.shapes import Shape
-from vptq_runtime.speed import ModelFacts, kv_bytes
 
 CHUNK = 1 << 24  # bytes made and written at a time
 F16, F32 = GGMLQuantizationType.F16, GGMLQuantizationType.F32

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vptq_runtime.text_stream import TextStream
-from vptq_runtime.tokenizer import Tokenizer
+from vptq_runtime.text.text_stream import TextStream
+from vptq_runtime.text.tokenizer import Tokenizer
 
 MANY_SCRIPTS = "aé ß ᚠ 漢字 한 🙂 👩🏽‍🚀 é ש the end"
 REPLACEMENT = "\ufffd"

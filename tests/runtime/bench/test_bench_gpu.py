@@ -8,8 +8,10 @@ import pytest
 from gpu import need_gpu
 from tiny_bench import HEADINGS, SYNTHETIC, cells
 
-from vptq_runtime import _native, bench, machine, speed, synthetic
-from vptq_runtime.speed import Measured, SpeedTest
+from vptq_runtime import _native
+from vptq_runtime.bench import cli as bench
+from vptq_runtime.bench import machine, speed, synthetic
+from vptq_runtime.bench.speed import Measured, SpeedTest
 
 pytestmark = pytest.mark.usefixtures("tiny_world")
 

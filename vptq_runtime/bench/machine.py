@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from vptq_runtime import _native
+from vptq_runtime.bench.speed import REST_BYTES
 from vptq_runtime.errors import VPTQError
-from vptq_runtime.speed import REST_BYTES
 
 READ_BYTES = 1 << 29  # more than caches hold
 READS = 5

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from vptq_runtime import Runtime, cli, demo_path
+from vptq_runtime import Runtime, demo_path
+from vptq_runtime.commands import run as cli
 
 COMMAND = [str(Path(sys.executable).with_name("vptq-run"))]  # as installed, whatever the working directory
 GREEDY = ["--temp", "0"]
@@ -249,7 +250,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_usage_waits_for_no_library() -> None:
-    code = "import sys, vptq_runtime.cli as c; c.parser(); print(sorted(sys.modules))"
+    code = "import sys, vptq_runtime.commands.run as c; c.parser(); print(sorted(sys.modules))"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, check=True, timeout=60
     ).stdout.decode()

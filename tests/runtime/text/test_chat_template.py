@@ -7,8 +7,8 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from vptq_runtime import FileError, OptionError, UnsupportedError
-from vptq_runtime import chat as chat_module
-from vptq_runtime.chat import ChatTemplate, Message, trimmed
+from vptq_runtime.text import chat_template as chat_module
+from vptq_runtime.text.chat_template import ChatTemplate, Message, trimmed
 
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 MESSAGES: list[dict[str, Any]] = [

@@ -20,7 +20,7 @@ from vptq_converter.config import read_text
 from vptq_runtime import _native
 from vptq_runtime.errors import FileError, OptionError, OutOfMemoryError, UnsupportedError
 from vptq_runtime.generation import check_choice, check_int, shown
-from vptq_runtime.tokenizer import Tokenizer
+from vptq_runtime.text.tokenizer import Tokenizer
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a weight
 PIECE = 128  # tokens fed at once

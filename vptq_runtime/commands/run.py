@@ -12,14 +12,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
-from vptq_runtime import command, demo_path
+from vptq_runtime import demo_path
+from vptq_runtime.commands import command
 from vptq_runtime.errors import OptionError
 from vptq_runtime.generation import Options
 
 if TYPE_CHECKING:
-    from vptq_runtime.chat import Message
     from vptq_runtime.generation import GenerateOptions, Generation, GenerationStream
     from vptq_runtime.runtime import Runtime
+    from vptq_runtime.text.chat_template import Message
 
 DEFAULT_MAX_TOKENS = 128
 CHAT_COMMANDS = (
@@ -232,7 +233,7 @@ def _turn(
     with_load: bool,
 ) -> list[Message]:
     """Prints the reply to the last message; returns what the context holds of the conversation."""
-    from vptq_runtime.chat import trimmed
+    from vptq_runtime.text.chat_template import trimmed
 
     room = min(options["max_tokens"] or runtime.n_ctx, runtime.n_ctx // 4)  # kept free for the reply
     kept = trimmed(messages, lambda some: len(runtime.chat_tokens(some)), runtime.n_ctx - room)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from vptq_runtime import bench
-from vptq_runtime.fits import DEVICES, N_CTX, QUANTS, Fit
+from vptq_runtime.bench import cli as bench
+from vptq_runtime.bench.fits import DEVICES, N_CTX, QUANTS, Fit
+from vptq_runtime.bench.shapes import SHAPES, Shape
+from vptq_runtime.bench.synthetic import Quant, SyntheticModel
 from vptq_runtime.runtime import DEFAULT_N_CTX
-from vptq_runtime.shapes import SHAPES, Shape
-from vptq_runtime.synthetic import Quant, SyntheticModel
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[3] / "README.md"
 GIB = 1 << 30
 
 

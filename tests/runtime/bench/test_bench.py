@@ -17,11 +17,13 @@ import pytest
 from tiny_bench import HEADINGS, QUANT, SYNTHETIC, TINY, cells
 from tiny_gguf import HEAD_DIM, KEYS, N_EMBD, N_FF, N_VOCAB, tensors, write
 
-from vptq_runtime import _native, bench, speed, synthetic
+from vptq_runtime import _native
+from vptq_runtime.bench import cli as bench
+from vptq_runtime.bench import speed, synthetic
+from vptq_runtime.bench.shapes import SHAPES, find_shape
+from vptq_runtime.bench.speed import GREEDY, LAST_FOR_ALL, Measured, ModelFacts, SpeedTest, extrapolated
+from vptq_runtime.bench.synthetic import QUANTS, Quant, SyntheticModel
 from vptq_runtime.errors import OptionError
-from vptq_runtime.shapes import SHAPES, find_shape
-from vptq_runtime.speed import GREEDY, LAST_FOR_ALL, Measured, ModelFacts, SpeedTest, extrapolated
-from vptq_runtime.synthetic import QUANTS, Quant, SyntheticModel
 
 pytestmark = pytest.mark.usefixtures("tiny_world")
 

@@ -33,7 +33,7 @@ from vptq_runtime.errors import FileError, OptionError, UnsupportedError
 from vptq_runtime.generation import shown
 
 if TYPE_CHECKING:
-    from vptq_runtime.tokenizer import Tokenizer
+    from vptq_runtime.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 T = TypeVar("T")

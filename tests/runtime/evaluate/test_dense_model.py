@@ -18,7 +18,7 @@ from reference import Reference
 from vptq_converter.convert import convert
 
 from vptq_runtime import OptionError, OutOfMemoryError, Runtime, VPTQError, _native
-from vptq_runtime.dense_model import DenseModel
+from vptq_runtime.evaluate.dense_model import DenseModel
 
 TOKENS = np.random.default_rng(0).integers(VOCAB_SIZE, size=300).tolist()
 

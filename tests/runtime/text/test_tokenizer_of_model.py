@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from vptq_runtime import FileError, OptionError
-from vptq_runtime.tokenizer import Tokenizer
+from vptq_runtime.text.tokenizer import Tokenizer
 
 
 def changed(tokenizer_json: str, **changes: Any) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from vptq_runtime import _native
-from vptq_runtime.bench_report import print_table
-from vptq_runtime.shapes import SHAPES
-from vptq_runtime.speed import REST_BYTES
-from vptq_runtime.synthetic import Quant, SyntheticModel
+from vptq_runtime.bench.report import print_table
+from vptq_runtime.bench.shapes import SHAPES
+from vptq_runtime.bench.speed import REST_BYTES
+from vptq_runtime.bench.synthetic import Quant, SyntheticModel
 
 N_CTX = 4096  # tokens: the context that a model runs with unless another is asked for
 QUANTS = ("v8-k4096-0", "v8-k65536-0", "v8-k65536-256", "v8-k65536-65536")  # 1.5, 2, 3 and 4 bits a weight

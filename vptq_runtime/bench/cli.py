@@ -12,13 +12,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from vptq_runtime import command
+from vptq_runtime.bench.shapes import SHAPES, find_shape
+from vptq_runtime.commands import command
 from vptq_runtime.errors import OptionError
-from vptq_runtime.shapes import SHAPES, find_shape
 
 if TYPE_CHECKING:
-    from vptq_runtime.machine import Cpu, Gpu
-    from vptq_runtime.speed import Measured, ModelFacts, SpeedTest
+    from vptq_runtime.bench.machine import Cpu, Gpu
+    from vptq_runtime.bench.speed import Measured, ModelFacts, SpeedTest
 
 DENSE_TYPES = ("auto", "f16", "q8_0")
 DEFAULT_QUANT = "v8-k65536-256"
@@ -141,7 +141,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _fits(arguments: argparse.Namespace) -> None:
-    from vptq_runtime.fits import QUANTS, print_fits
+    from vptq_runtime.bench.fits import QUANTS, print_fits
     from vptq_runtime.generation import check_choice
     from vptq_runtime.runtime import KV_TYPES
 
@@ -157,7 +157,7 @@ def _fits(arguments: argparse.Namespace) -> None:
 
 
 def _measure(arguments: argparse.Namespace) -> None:
-    from vptq_runtime import machine  # only now: --help and wrong usage should not wait for it
+    from vptq_runtime.bench import machine  # only now: --help and wrong usage should not wait for it
 
     _check(arguments)
     no_gpu = arguments.device == "auto" and arguments.gpu_layers == 0
@@ -188,13 +188,13 @@ def _measure(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:
-        from vptq_runtime.bench_report import print_report
+        from vptq_runtime.bench.report import print_report
 
         print_report(report, markdown=arguments.md)
 
 
 def _run_file(arguments: argparse.Namespace, tests: list[SpeedTest], device: Cpu | Gpu) -> Outcome:
-    from vptq_runtime.speed import ModelFacts, measure, open_model
+    from vptq_runtime.bench.speed import ModelFacts, measure, open_model
 
     model, open_s = open_model(arguments.model)
     facts = ModelFacts.of_model(model, Path(arguments.model).name, arguments.kv_type)
@@ -204,9 +204,9 @@ def _run_file(arguments: argparse.Namespace, tests: list[SpeedTest], device: Cpu
 
 def _run_synthetic(arguments: argparse.Namespace, tests: list[SpeedTest], device: Cpu | Gpu) -> Outcome:
     from vptq_runtime import _native
+    from vptq_runtime.bench.speed import LAST_FOR_ALL, extrapolated, measure, open_model
+    from vptq_runtime.bench.synthetic import Quant, SyntheticModel
     from vptq_runtime.generation import check_int
-    from vptq_runtime.speed import LAST_FOR_ALL, extrapolated, measure, open_model
-    from vptq_runtime.synthetic import Quant, SyntheticModel
 
     shape = find_shape(arguments.synthetic)
     model = SyntheticModel(
@@ -279,7 +279,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _tests(arguments: argparse.Namespace, device: Cpu | Gpu) -> list[SpeedTest]:
     from vptq_runtime import _native
-    from vptq_runtime.speed import SpeedTest
+    from vptq_runtime.bench.speed import SpeedTest
 
     if device.name == "cuda" and arguments.threads:
         raise OptionError("--threads: found a number of the CPU's, expected none on a GPU, or --device cpu")

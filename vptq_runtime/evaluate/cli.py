@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vptq_runtime import command, demo_path
+from vptq_runtime import demo_path
+from vptq_runtime.commands import command
 from vptq_runtime.errors import OptionError, OutOfMemoryError
-from vptq_runtime.scored_windows import METHODS, check_options
+from vptq_runtime.evaluate.scored_windows import METHODS, check_options
 
 if TYPE_CHECKING:
-    from vptq_runtime.dense_model import DenseModel
-    from vptq_runtime.perplexity import Result
+    from vptq_runtime.evaluate.dense_model import DenseModel
+    from vptq_runtime.evaluate.perplexity import Result
     from vptq_runtime.runtime import Runtime
 
 # The Python API's names, which its errors begin with, as the command line has them.
@@ -118,9 +119,9 @@ def _text(file: str) -> str:
 
 def _measure(runtime: Runtime, text: str, arguments: argparse.Namespace) -> None:
     """Loads the reference, scores the windows, and prints what came of it, also where Ctrl-C ends it."""
-    from vptq_runtime.perplexity import running_comparison, running_perplexity, windows_of
-    from vptq_runtime.perplexity_report import print_report, running
-    from vptq_runtime.progress import RunProgress, print_line
+    from vptq_runtime.commands.progress import RunProgress, print_line
+    from vptq_runtime.evaluate.perplexity import running_comparison, running_perplexity, windows_of
+    from vptq_runtime.evaluate.report import print_report, running
 
     _check_memory(text)
     tokens = runtime.tokenize(text)
@@ -176,7 +177,7 @@ def _reference(runtime: Runtime, arguments: argparse.Namespace) -> Iterator[Runt
             with command.open_runtime(arguments.compare, arguments, n_ctx=runtime.n_ctx) as reference:
                 yield reference
             return
-        from vptq_runtime.dense_model import DenseModel
+        from vptq_runtime.evaluate.dense_model import DenseModel
 
         yield DenseModel(
             arguments.compare,

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from vptq_runtime import perplexity_cli, progress
-from vptq_runtime.progress import RunProgress
+from vptq_runtime.commands import progress
+from vptq_runtime.commands.progress import RunProgress
+from vptq_runtime.evaluate import cli as perplexity_cli
 
 COMMAND = [str(Path(sys.executable).with_name("vptq-perplexity"))]  # as installed
 

@@ -1,0 +1,1 @@
+"""vptq-bench: how fast a model runs here."""

@@ -1,0 +1,1 @@
+"""vptq-run, and what all commands have in common."""

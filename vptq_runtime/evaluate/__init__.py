@@ -1,0 +1,1 @@
+"""vptq-perplexity: how good a model is."""
