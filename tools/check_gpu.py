@@ -32,9 +32,9 @@ import gpu_tests
 from gpu_plans import FULL, TINY, Plan
 from gpu_report import Row, print_rows
 
+from vptq_runtime.checks import check_int
 from vptq_runtime.commands import command
 from vptq_runtime.errors import OptionError
-from vptq_runtime.generation import check_int
 
 Part = Callable[[Plan, Path, float, dict[str, Any]], tuple[dict[str, Any], list[Row]]]
 # In the order in which they run; with each the share of the time that it may take at most.

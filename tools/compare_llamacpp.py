@@ -35,9 +35,9 @@ from vptq_runtime.bench.report import print_table
 from vptq_runtime.bench.shapes import SHAPES, Shape
 from vptq_runtime.bench.speed import Measured, SpeedTest, extrapolated
 from vptq_runtime.bench.synthetic import Quant, SyntheticModel
+from vptq_runtime.checks import check_int
 from vptq_runtime.commands import command
 from vptq_runtime.errors import OutOfMemoryError, VPTQError
-from vptq_runtime.generation import check_int
 
 QUANTS = "v8-k65536-0,v6-k4096-0,v8-k4096-0,v8-k65536-256,v16-k65536-65536"
 # Tokens a second of each test, by its name (pp512, tg32).

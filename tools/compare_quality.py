@@ -42,9 +42,9 @@ from quality_models import (
 from vptq_quantizer.safe_files import write_json
 
 from vptq_runtime.bench.report import print_table
+from vptq_runtime.checks import check_int
 from vptq_runtime.commands import command
 from vptq_runtime.errors import FileError, OptionError
-from vptq_runtime.generation import check_int
 
 LAYER_WISE = list(STEPS)[:-1]
 FINE_TUNED, END_TO_END = list(STEPS)[-2:]

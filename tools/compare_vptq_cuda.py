@@ -24,9 +24,9 @@ from random_layer import layer_bytes, raw_tensors, rotating_layers
 from vptq_runtime import _native
 from vptq_runtime.bench.report import print_table
 from vptq_runtime.bench.synthetic import Quant
+from vptq_runtime.checks import check_int
 from vptq_runtime.commands import command
 from vptq_runtime.errors import OptionError, UnsupportedError
-from vptq_runtime.generation import check_int
 
 if TYPE_CHECKING:
     import torch

@@ -23,8 +23,8 @@ from random_layer import random_layer, raw_tensors
 
 from vptq_runtime import _native
 from vptq_runtime.bench.synthetic import Quant, Random
+from vptq_runtime.checks import check_int
 from vptq_runtime.commands import command
-from vptq_runtime.generation import check_int
 
 REPETITIONS = 13  # of ours a round, each of four: it takes a few hundred times less
 

@@ -35,5 +35,16 @@ class DeviceError(VPTQError, RuntimeError):
     """The GPU or its driver has failed."""
 
 
+class BusyError(VPTQError):
+    """More requests wait than may.
+
+    retry_after: seconds until one of those that wait is expected to get its turn; None where nobody knows.
+    """
+
+    def __init__(self, message: str, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class OutOfMemoryError(VPTQError, MemoryError):
     """The machine has not the memory that was asked for."""

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from vptq_runtime import OptionError
-from vptq_runtime.generation import Options, Timings, shown
+from vptq_runtime.checks import shown
+from vptq_runtime.generation import Options, Timings
 
 DEFAULTS: dict[str, Any] = {
     "max_tokens": 128,

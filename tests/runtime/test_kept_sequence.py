@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from configurations import BOS
+from vptq_runtime.kept_sequence import KeptSequence
 
 from vptq_runtime import OutOfMemoryError, Runtime
-from vptq_runtime.kept_sequence import KeptSequence
 
 LONG = [BOS, *range(20, 220)]  # more than one native batch
 OPTIONS: dict[str, Any] = {"max_tokens": 20, "temperature": 0}

@@ -1,9 +1,9 @@
 """What ends one sequence, and what of its text is still to come then."""
 
 import pytest
+from vptq_runtime.sequence import DecodingSequence
 
 from vptq_runtime._native import Sampler
-from vptq_runtime.sequence import DecodingSequence
 from vptq_runtime.text.text_stream import TextStream
 from vptq_runtime.text.tokenizer import Tokenizer
 

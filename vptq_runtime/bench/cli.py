@@ -142,7 +142,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _fits(arguments: argparse.Namespace) -> None:
     from vptq_runtime.bench.fits import QUANTS, print_fits
-    from vptq_runtime.generation import check_choice
+    from vptq_runtime.checks import check_choice
     from vptq_runtime.runtime import KV_TYPES
 
     check_choice("--kv-type", arguments.kv_type, KV_TYPES)
@@ -206,7 +206,7 @@ def _run_synthetic(arguments: argparse.Namespace, tests: list[SpeedTest], device
     from vptq_runtime import _native
     from vptq_runtime.bench.speed import LAST_FOR_ALL, extrapolated, measure, open_model
     from vptq_runtime.bench.synthetic import Quant, SyntheticModel
-    from vptq_runtime.generation import check_int
+    from vptq_runtime.checks import check_int
 
     shape = find_shape(arguments.synthetic)
     model = SyntheticModel(
@@ -257,7 +257,7 @@ def _result(
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from vptq_runtime.generation import check_choice, check_int
+    from vptq_runtime.checks import check_choice, check_int
     from vptq_runtime.runtime import DEVICES, KV_TYPES, MAX_INT, PRECISIONS
 
     for n in arguments.n_prompt:

@@ -18,8 +18,8 @@ from vptq_converter.checkpoint import Checkpoint
 from vptq_converter.config import read_text
 
 from vptq_runtime import _native
+from vptq_runtime.checks import check_choice, check_int, shown
 from vptq_runtime.errors import FileError, OptionError, OutOfMemoryError, UnsupportedError
-from vptq_runtime.generation import check_choice, check_int, shown
 from vptq_runtime.text.tokenizer import Tokenizer
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a weight

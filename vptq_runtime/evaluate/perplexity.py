@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from vptq_runtime.checks import check_int
 from vptq_runtime.errors import OptionError
 from vptq_runtime.evaluate.scored_windows import METHODS, ScoredWindows, WindowOptions
-from vptq_runtime.generation import check_int
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
+from vptq_runtime.checks import check_choice, check_int, shown
 from vptq_runtime.errors import OptionError
-from vptq_runtime.generation import check_choice, check_int, shown
 
 METHODS = ("papers", "llama.cpp")
 LEAST_TOKENS = {"papers": 2, "llama.cpp": 3}  # of a window, for one of them to be scored

@@ -29,8 +29,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from vptq_runtime.checks import shown
 from vptq_runtime.errors import FileError, OptionError, UnsupportedError
-from vptq_runtime.generation import shown
 
 if TYPE_CHECKING:
     from vptq_runtime.text.tokenizer import Tokenizer

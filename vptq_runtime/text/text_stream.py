@@ -35,8 +35,11 @@ class TextStream:
         self._held_tokens: list[int] = []
         self._held_text = ""
 
-    def push(self, token: int) -> str:
-        """Adds a token; returns the text that is now certain, often empty."""
+    def push(self, token: int, stops: bool = True) -> str:
+        """Adds a token; returns the text that is now certain, often empty.
+
+        stops: whether a stop string may end the text by now; once true, it stays so.
+        """
         self._held_tokens.append(token)
         text = ""
         while self._held_tokens:
@@ -51,7 +54,7 @@ class TextStream:
                 del self._held_tokens[:n]
             else:
                 break
-        return self._until_stop(text)
+        return self._until_stop(text) if stops else text
 
     def flush(self) -> str:
         """Ends the text: returns all that was held back, an unfinished character as U+FFFD."""

@@ -68,6 +68,10 @@ class Tokenizer:
         """Text of `tokens`, special tokens left out; bytes that are not UTF-8 become U+FFFD."""
         return self._guarded(lambda: self._tokenizer.decode(tokens, skip_special_tokens=True))
 
+    def spellings(self) -> dict[str, int]:
+        """Every token's id, by how the vocabulary spells it; made anew."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
     def token(self, token_id: int) -> str | None:
         """How the vocabulary spells a token (`<s>`), None where it has none of that id."""
         return self._tokenizer.id_to_token(token_id) if 0 <= token_id < self._n_vocab else None

@@ -1,0 +1,1 @@
+"""Many requests in one batch: scheduling, a cache of prefixes, speculation, constraints."""

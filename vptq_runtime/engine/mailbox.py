@@ -1,0 +1,102 @@
+"""How a request's news come from the engine's thread to whoever reads them, in a thread or in asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterable
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vptq_runtime.engine.request import Delta
+
+
+class Mailbox:
+    """News of one request, in order; the engine only puts, and never waits.
+
+    One thread or one coroutine takes them. Any number may wait for the end.
+    """
+
+    def __init__(self) -> None:
+        self._news: SimpleQueue[Delta | None] = SimpleQueue()  # None: the end
+        self._ended = threading.Event()
+        self._waiters: list[asyncio.Future[None]] = []  # of coroutines, each in its own loop
+        self._lock = threading.Lock()  # of _waiters
+
+    def put(self, news: Iterable[Delta]) -> None:
+        for delta in news:
+            self._news.put(delta)
+
+    def end(self) -> None:
+        self._ended.set()
+        self._news.put(None)
+
+    def take(self) -> Delta | None:
+        """The next news, waiting for it; None at the end, again and again."""
+        delta = self._news.get()
+        if delta is None:
+            self._news.put(None)
+        return delta
+
+    async def take_async(self) -> Delta | None:
+        """`take` for a coroutine."""
+        while True:
+            waiter = self._new_waiter()  # before looking: what comes after that wakes it
+            try:
+                delta = self._news.get_nowait()
+            except Empty:
+                await waiter
+                continue
+            if delta is None:
+                self._news.put(None)
+            return delta
+
+    @property
+    def ended(self) -> bool:
+        return self._ended.is_set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits for the end; False if it has not come in so many seconds."""
+        return self._ended.wait(timeout)
+
+    async def wait_async(self) -> None:
+        """`wait` for a coroutine."""
+        while True:
+            waiter = self._new_waiter()
+            if self._ended.is_set():
+                return
+            await waiter
+
+    def take_waiters(self) -> list[asyncio.Future[None]]:
+        """The coroutines to be woken by now."""
+        if not self._waiters:
+            return []
+        with self._lock:
+            waiters, self._waiters = self._waiters, []
+        return waiters
+
+    def _new_waiter(self) -> asyncio.Future[None]:
+        waiter = asyncio.get_running_loop().create_future()
+        with self._lock:
+            self._waiters = [w for w in self._waiters if not w.done()]
+            self._waiters.append(waiter)
+        return waiter
+
+
+def wake(waiters: Iterable[asyncio.Future[None]]) -> None:
+    """Wakes coroutines from another thread: one call into each loop for all of its own."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    for waiter in waiters:
+        by_loop.setdefault(waiter.get_loop(), []).append(waiter)
+    for loop, its in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_set_done, its)
+        except RuntimeError:  # the loop is closed: nobody waits there
+            continue
+
+
+def _set_done(waiters: Iterable[asyncio.Future[None]]) -> None:
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)

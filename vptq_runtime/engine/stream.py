@@ -1,0 +1,119 @@
+"""What a caller holds of a request: its text as it comes, its result, and the means to end it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any
+
+from vptq_runtime.errors import OptionError
+
+if TYPE_CHECKING:
+    from vptq_runtime.engine.engine import Engine
+    from vptq_runtime.engine.request import Delta, Request
+    from vptq_runtime.generation import Generation
+
+
+class GenerationStream:
+    """A text on its way: an iterator over its pieces, whose concatenation is `.result().text`.
+
+    It is computed whether it is read or not. A piece never splits a UTF-8 character. For asyncio: `async for
+    piece in stream`, `await stream` for the Generation. Leaving a `with` block, and dropping the last
+    reference, end it early.
+    """
+
+    def __init__(self, engine: Engine, request: Request, generation: Callable[[Request], Generation]) -> None:
+        self._engine = engine
+        self._request = request
+        self._generation = generation
+        self._closed = False
+
+    def __iter__(self) -> GenerationStream:
+        return self
+
+    def __next__(self) -> str:
+        while (delta := self.next_delta()) is not None:
+            if delta.text:
+                return delta.text
+        raise StopIteration
+
+    def __aiter__(self) -> GenerationStream:
+        return self
+
+    async def __anext__(self) -> str:
+        while (delta := await self.next_delta_async()) is not None:
+            if delta.text:
+                return delta.text
+        raise StopAsyncIteration
+
+    def __await__(self) -> Generator[Any, None, Generation]:
+        return self._await_result().__await__()
+
+    def __enter__(self) -> GenerationStream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.cancel()
+
+    def next_delta(self) -> Delta | None:
+        """The next tokens with their text and log-probabilities; None at the end. Raises what ended it."""
+        delta = None if self._closed else self._request.mailbox.take()
+        if delta is None:
+            self._check()
+        return delta
+
+    async def next_delta_async(self) -> Delta | None:
+        """`next_delta` for asyncio."""
+        delta = None if self._closed else await self._request.mailbox.take_async()
+        if delta is None:
+            self._check()
+        return delta
+
+    def cancel(self) -> None:
+        """Ends it early, within a step of the engine; waits for nothing. After the end it does nothing."""
+        if not self._request.mailbox.ended:
+            self._engine.cancel(self._request)
+
+    def close(self) -> None:
+        """Ends it early, and waits until its place is free; what has not been read is dropped."""
+        self._closed = True
+        self.cancel()
+        self._request.mailbox.wait()
+
+    def result(self, timeout: float | None = None) -> Generation:
+        """Waits for the end; the Generation, or what there is of it after an early end.
+
+        timeout: most seconds to wait: TimeoutError then. Raises what ended the request, and whatever ends
+        the waiting, as Ctrl-C does, ends the request.
+        """
+        try:
+            in_time = self._request.mailbox.wait(timeout)
+        except BaseException:
+            self.close()
+            raise
+        if not in_time:
+            raise TimeoutError(f"the generation has not come to its end in {timeout} s")
+        self._check()
+        return self._generation(self._request)
+
+    @property
+    def generation(self) -> Generation:
+        """What `result` returns, without waiting: OptionError before the end."""
+        if not self._request.mailbox.ended:
+            raise OptionError("generation: the stream has not come to its end")
+        return self.result()
+
+    async def _await_result(self) -> Generation:
+        try:
+            await self._request.mailbox.wait_async()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        return self.result()
+
+    def _check(self) -> None:
+        if self._request.error is not None and not self._closed:
+            raise self._request.error
