@@ -13,6 +13,16 @@ from numpy.typing import NDArray
 
 from vptq_runtime.errors import FileError, OptionError, OutOfMemoryError
 
+
+class Misused(BaseException):
+    """Something that the scheduler must not ask for; no Exception, which it would take for a request's."""
+
+
+def expect(condition: object, what: str = "") -> None:
+    if not condition:
+        raise Misused(what)
+
+
 Token = tuple[int, bool]  # an id, and whether it was fed as generated
 
 
@@ -96,25 +106,25 @@ class FakeContext:
 
     def new_sequence(self, prefix: Sequence[int] = ()) -> int:
         for block in prefix:
-            assert len(self.contents[block]) == self.block_tokens
-            assert self.users[block] > 0
+            expect(len(self.contents[block]) == self.block_tokens)
+            expect(self.users[block] > 0)
             self.users[block] += 1
         number = next(i for i in range(len(self.sequences) + 1) if i not in self.sequences)
         self.sequences[number] = FakeSequence(list(prefix), len(prefix) * self.block_tokens)
         return number
 
     def free_sequence(self, sequence: int) -> None:
-        assert not self.sequences[sequence].busy
+        expect(not self.sequences[sequence].busy)
         self.release(self.sequences.pop(sequence).blocks)
 
     def truncate(self, sequence: int, n_tokens: int) -> None:
         s = self.sequences[sequence]
-        assert not s.busy and 0 <= n_tokens <= s.length
+        expect(not s.busy and 0 <= n_tokens <= s.length)
         keep = -(-n_tokens // self.block_tokens)
         self.release(s.blocks[keep:])
         del s.blocks[keep:]
         if n_tokens % self.block_tokens and n_tokens < s.length:
-            assert self.users[s.blocks[-1]] == 1, "truncated into a shared block"
+            expect(self.users[s.blocks[-1]] == 1, "truncated into a shared block")
         if s.blocks:
             del self.contents[s.blocks[-1]][n_tokens - (keep - 1) * self.block_tokens :]
         s.length = n_tokens
@@ -127,12 +137,12 @@ class FakeContext:
 
     def hold(self, blocks: Sequence[int]) -> None:
         for block in blocks:
-            assert self.users[block] > 0
+            expect(self.users[block] > 0)
             self.users[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
         for block in blocks:
-            assert self.users[block] > 0, "freed twice"
+            expect(self.users[block] > 0, "freed twice")
             self.users[block] -= 1
             if not self.users[block]:
                 del self.users[block], self.contents[block]
@@ -150,7 +160,7 @@ class FakeContext:
     def begin(
         self, sequences: Any, tokens: Any, prompts: Any = (), wants: Any = (), samplers: Any = ()
     ) -> None:
-        assert self._under_way is None
+        expect(self._under_way is None)
         feeds = self._feeds(sequences, tokens, prompts, wants)
         self._extend(feeds)
         for feed in feeds:
@@ -159,7 +169,7 @@ class FakeContext:
 
     def advance(self, n_layers: int) -> bool:
         feeds = self._under_way
-        assert feeds is not None and 1 <= n_layers <= self.n_layer - self._layers_done
+        expect(feeds is not None and 1 <= n_layers <= self.n_layer - self._layers_done)
         n_tokens = sum(len(feed.tokens) for feed in feeds)
         self.clock.now += pass_seconds(n_tokens) * n_layers / self.n_layer
         self._layers_done += n_layers
@@ -219,7 +229,7 @@ class FakeContext:
     def _fraction(self, sequence: int, row: int, *besides: int) -> float:
         s = self.sequences[sequence]
         content = [token for block in s.blocks for token in self.contents[block]][: row + 1]
-        assert len(content) == row + 1
+        expect(len(content) == row + 1)
         # The last two alone decide in seven of eight cases: so texts repeat themselves.
         if self.exact:
             content = [(token, False) for token, _ in content]
@@ -234,11 +244,11 @@ class FakeContext:
 
     def _feeds(self, sequences: Any, tokens: Any, prompts: Any, wants: Any) -> list[Feed]:
         feeds = []
-        assert len(set(sequences)) == len(sequences) > 0
-        assert sum(map(len, tokens)) <= self.n_batch
+        expect(len(set(sequences)) == len(sequences) > 0)
+        expect(sum(map(len, tokens)) <= self.n_batch)
         for i, sequence in enumerate(sequences):
             s = self.sequences[sequence]
-            assert not s.busy and tokens[i]
+            expect(not s.busy and tokens[i])
             feed = Feed(sequence, list(tokens[i]), bool(prompts[i]), wants[i] if wants else "last", s.length)
             if s.length + len(feed.tokens) > self.n_ctx:
                 raise OptionError("too long")
@@ -254,7 +264,7 @@ class FakeContext:
         if self.memory_ends_at is not None and len(self.users) + needed > self.memory_ends_at:
             self.n_blocks = min(self.n_blocks, self.memory_ends_at)
             raise OutOfMemoryError("the KV cache: no memory")
-        assert needed <= self.n_free_blocks, "the scheduler is to know that there are none"
+        expect(needed <= self.n_free_blocks, "the scheduler is to know that there are none")
         if any(self.poison in feed.tokens for feed in feeds):
             raise FileError("the logits are not finite")
         for feed in feeds:
@@ -264,7 +274,7 @@ class FakeContext:
                     number = next(i for i in range(self.n_blocks) if i not in self.users)
                     self.users[number], self.contents[number] = 1, []
                     s.blocks.append(number)
-                assert self.users[s.blocks[-1]] == 1, "wrote into a shared block"
+                expect(self.users[s.blocks[-1]] == 1, "wrote into a shared block")
                 self.contents[s.blocks[-1]].append((token, not feed.prompt))
                 s.length += 1
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from vptq_runtime import _native
 from vptq_runtime.checks import check_choice, check_int, shown
 from vptq_runtime.engine.engine import Engine, EngineStats
+from vptq_runtime.engine.ngram import NgramDrafter
 from vptq_runtime.engine.request import LogitsRequest, Request
-from vptq_runtime.engine.speculation import NgramDrafter
 from vptq_runtime.engine.stream import GenerationStream
 from vptq_runtime.errors import OptionError, OutOfMemoryError
 from vptq_runtime.generation import Generation, Timings

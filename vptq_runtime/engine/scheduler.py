@@ -225,6 +225,8 @@ class Scheduler:
                 if request.n_passed_over >= MOST_PASSED_OVER and request.waits_for is None:
                     break  # nobody else takes what it needs
                 continue
+            if request.decodes:
+                continue  # the cache had all the rest of it
             feed = self._piece(request, self.context.n_batch if request.alone else left)
             feeds.append(feed)
             left = max(0, left - len(feed.tokens))
@@ -429,6 +431,8 @@ class Scheduler:
             self._give_up_place(request)
         else:
             self.waiting.remove(request)
+        if request.drafter is not None:
+            request.drafter.end(request)
         self._changed[request] = None
 
 

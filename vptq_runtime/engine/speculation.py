@@ -7,6 +7,7 @@ them. This is about which drafts pay: a step of more tokens takes longer.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -28,10 +29,45 @@ class Drafts(NamedTuple):
 
 
 class Drafter(Protocol):
-    """Who makes the drafts of one request."""
+    """Who makes drafts, for any number of requests."""
 
-    def draft(self, ids: Sequence[int], most: int) -> Drafts:
-        """At most so many tokens that may follow; ids: all tokens of the request so far."""
+    def draft(self, requests: Sequence[Request], most: Sequence[int], costs: StepCosts) -> list[Drafts]:
+        """For each request at most so many tokens that may follow; costs: of the steps that they are for."""
+
+    def end(self, request: Request) -> None:
+        """Forgets a request, if it has drafted for it."""
+
+
+class RightSoFar:
+    """How often a draft was right, by how many tokens before it spoke for it.
+
+    prior: (least tokens, probability) of each class of drafts, from 0 tokens on.
+    """
+
+    WEIGHT = 4.0  # drafts that the prior counts as
+    MEMORY = 64.0  # drafts after which the counts are halved: texts change
+
+    def __init__(self, prior: Sequence[tuple[int, float]]) -> None:
+        self._least = [least for least, _ in prior]
+        self._right = [probability * self.WEIGHT for _, probability in prior]
+        self._tried = [self.WEIGHT] * len(prior)
+
+    def probability(self, n_for: int) -> float:
+        """That a draft is right for which so many tokens speak."""
+        at = bisect_right(self._least, n_for) - 1
+        return self._right[at] / self._tried[at]
+
+    def learn(self, ids: Sequence[int], start: int, n_for: int, drafts: Sequence[int]) -> None:
+        """Compares drafts of ids[start:], fed or not, with what came; n_for: of the first of them."""
+        for i, (draft, token) in enumerate(zip(drafts, ids[start : start + len(drafts)], strict=False)):
+            at = bisect_right(self._least, n_for + i) - 1
+            self._right[at] += draft == token
+            self._tried[at] += 1
+            if self._tried[at] > self.MEMORY:
+                self._right[at] /= 2
+                self._tried[at] /= 2
+            if draft != token:
+                break
 
 
 class Speculator:
@@ -46,25 +82,19 @@ class Speculator:
         self._n_batch = n_batch
 
     def drafts(self, requests: Sequence[Request], n_ctx: int) -> list[list[int]]:
-        """For each request its drafts; each of them feeds one token besides."""
-        made = [self._made(request, n_ctx) for request in requests]
+        """For each request its drafts, to be fed behind the one token that it feeds in any case."""
+        most = [_most(request, n_ctx) for request in requests]
+        made = [_forced(request, n) for request, n in zip(requests, most, strict=True)]
+        by_drafter: dict[Drafter, list[int]] = {}
+        for i, request in enumerate(requests):
+            if request.drafter is not None and not made[i].tokens:
+                by_drafter.setdefault(request.drafter, []).append(i)
+        for drafter, its in by_drafter.items():
+            drafts = drafter.draft([requests[i] for i in its], [most[i] for i in its], self._costs)
+            for i, each in zip(its, drafts, strict=True):
+                made[i] = _allowed(requests[i], each)
         lengths = self._lengths([drafts.probabilities for drafts in made])
         return [drafts.tokens[:n] for drafts, n in zip(made, lengths, strict=True)]
-
-    def _made(self, request: Request, n_ctx: int) -> Drafts:
-        n_tokens = len(request.ids) - len(request.prompt)
-        most = min(MOST_DRAFTS, request.max_tokens - n_tokens - 1, n_ctx - request.n_fed - 1)
-        if most < 1 or request.drafter is None:
-            return Drafts([], [])
-        if request.constraint is not None:
-            forced = request.constraint.forced(most)
-            if forced:
-                return Drafts(forced, [FORCED] * len(forced))
-        drafts = request.drafter.draft(request.ids, most)
-        if request.constraint is None:
-            return drafts
-        n = len(request.constraint.allowed(drafts.tokens))
-        return Drafts(drafts.tokens[:n], drafts.probabilities[:n])
 
     def _lengths(self, probabilities: Sequence[Sequence[float]]) -> list[int]:
         """How many of each request's drafts to take."""
@@ -91,90 +121,23 @@ class Speculator:
         return lengths
 
 
-class NgramDrafter:
-    """Drafts from the request's own text: what followed when it last went as it goes now.
+def _most(request: Request, n_ctx: int) -> int:
+    """Drafts that can be of use to a request."""
+    n_tokens = len(request.ids) - len(request.prompt)
+    return max(0, min(MOST_DRAFTS, request.max_tokens - n_tokens - 1, n_ctx - request.n_fed - 1))
 
-    Where text is copied (an edit of code, a summary with quotes) that is mostly right, elsewhere seldom. How
-    often it was right after a match of so many tokens is counted for each request, whether its drafts were
-    fed or not.
-    """
 
-    N = 2  # least tokens of a match
-    MOST_MATCH = 32  # a longer one says no more
-    MOST_TRIED = 8  # places, the latest first, of which the longest match is taken
-    PRIOR = ((2, 0.2), (3, 0.3), (4, 0.45), (6, 0.6), (10, 0.75), (20, 0.85))  # from so many tokens on
-    PRIOR_WEIGHT = 4.0  # drafts that the prior counts as
-    MEMORY = 64.0  # drafts after which the counts are halved: texts change
+def _forced(request: Request, most: int) -> Drafts:
+    """What a grammar leaves no choice about."""
+    if request.drafter is None or request.constraint is None or most == 0:
+        return Drafts([], [])
+    tokens = request.constraint.forced(most)
+    return Drafts(tokens, [FORCED] * len(tokens))
 
-    def __init__(self) -> None:
-        self._n_indexed = 0  # tokens whose n-grams are in the index
-        self._last: dict[tuple[int, ...], int] = {}  # of an n-gram: the place behind its latest occurrence
-        self._before: dict[int, int] = {}  # of such a place: the one before
-        self._right = [p * self.PRIOR_WEIGHT for _, p in self.PRIOR]
-        self._tried = [self.PRIOR_WEIGHT] * len(self.PRIOR)
-        self._at = 0  # the place that the latest drafts were made for,
-        self._match = 0  # the length of their match,
-        self._made: list[int] = []  # and they
 
-    def draft(self, ids: Sequence[int], most: int) -> Drafts:
-        self._learn(ids)
-        self._index(ids)
-        place, match = self._longest_match(ids)
-        self._at, self._match = len(ids), match
-        # A match that reaches to the end repeats itself: what it says goes on with what it has said.
-        made: list[int] = []
-        for i in range(most if match else 0):
-            at = place + i
-            made.append(ids[at] if at < len(ids) else made[at - len(ids)])
-        self._made = made
-        return Drafts(made, [self._probability(match + i) for i in range(len(made))])
-
-    def _learn(self, ids: Sequence[int]) -> None:
-        """Looks which of the latest drafts were right."""
-        for i, token in enumerate(self._made):
-            if self._at + i >= len(ids):
-                break
-            bucket = self._bucket(self._match + i)
-            right = ids[self._at + i] == token
-            self._right[bucket] += right
-            self._tried[bucket] += 1
-            if self._tried[bucket] > self.MEMORY:
-                self._right[bucket] /= 2
-                self._tried[bucket] /= 2
-            if not right:
-                break
-
-    def _index(self, ids: Sequence[int]) -> None:
-        # The n-gram at the end is left out: it would match itself.
-        for end in range(max(self._n_indexed, self.N), len(ids)):
-            ngram = tuple(ids[end - self.N : end])
-            if ngram in self._last:
-                self._before[end] = self._last[ngram]
-            self._last[ngram] = end
-        self._n_indexed = max(self._n_indexed, len(ids))
-
-    def _longest_match(self, ids: Sequence[int]) -> tuple[int, int]:
-        """The place behind it, and its length; 0 for none."""
-        place = self._last.get(tuple(ids[-self.N :]))
-        best, longest = 0, 0
-        for _ in range(self.MOST_TRIED):
-            if place is None:
-                break
-            length = self.N
-            most = min(self.MOST_MATCH, place)
-            while length < most and ids[place - length - 1] == ids[-length - 1]:
-                length += 1
-            if length > longest:
-                best, longest = place, length
-            place = self._before.get(place)
-        return best, longest
-
-    def _probability(self, match: int) -> float:
-        bucket = self._bucket(match)
-        return self._right[bucket] / self._tried[bucket]
-
-    def _bucket(self, match: int) -> int:
-        bucket = 0
-        while bucket + 1 < len(self.PRIOR) and match >= self.PRIOR[bucket + 1][0]:
-            bucket += 1
-        return bucket
+def _allowed(request: Request, drafts: Drafts) -> Drafts:
+    """Drafts up to the first one that the request's grammar excludes."""
+    if request.constraint is None:
+        return drafts
+    n = len(request.constraint.allowed(drafts.tokens))
+    return Drafts(drafts.tokens[:n], drafts.probabilities[:n])

@@ -47,6 +47,10 @@ class StepCosts:
         nearest = min(near, key=lambda n: abs(prior(n) - prior(n_tokens)))
         return self._steps[nearest] * prior(n_tokens) / prior(nearest)
 
+    def knows_step(self) -> bool:
+        """Whether any was measured, and `step` tells seconds."""
+        return bool(self._steps)
+
     def knows_layer(self, n_tokens: int) -> bool:
         """Whether `layer` has seen this size."""
         return n_tokens in self._layers

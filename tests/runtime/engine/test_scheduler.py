@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from fake_context import FakeClock, FakeContext, FakeSampler, alone, pass_seconds
 
+from vptq_runtime.engine.ngram import NgramDrafter
 from vptq_runtime.engine.request import LogitsRequest, Request
 from vptq_runtime.engine.scheduler import MOST_PASSED_OVER, Scheduler
-from vptq_runtime.engine.speculation import NgramDrafter
 from vptq_runtime.errors import DeviceError, FileError, OutOfMemoryError
 
 
@@ -168,7 +169,7 @@ def test_preempted_after_what_others_have_generated() -> None:
     run(scheduler)
     assert undisturbed.n_cached == 12
 
-    scheduler, context = make(2, n_blocks=11, n_ctx=40)
+    scheduler, _ = make(2, n_blocks=11, n_ctx=40)
     first, older, younger = request([1, 2, 3], 14), request([30] * 16, 20), request(prompt, 10)
     add(scheduler, first)
     run(scheduler)
@@ -252,22 +253,21 @@ def test_cancelled_at_any_time() -> None:
 
 
 def test_short_prompts_first_but_not_for_ever() -> None:
-    scheduler, context = make(1, n_batch=8)
+    scheduler, _ = make(1, n_batch=8)
     long, ended = request([1] * 30, 1), []
     add(scheduler, long)
     shorts = [request([i], 1) for i in range(20)]
     add(scheduler, *shorts)
-    while not scheduler.waiting == [] or scheduler.active:
+    while scheduler.waiting or scheduler.active:
         scheduler.round()
         ended += [each for each in scheduler.take_changed() if each.ended]
     at = ended.index(long)
-    assert ended == shorts[:at] + [long] + shorts[at:]
+    assert ended == [*shorts[:at], long, *shorts[at:]]
     assert 0 < at <= MOST_PASSED_OVER + 1
 
 
 def test_a_long_prompt_beside_a_stream() -> None:
-    """While it is computed, a step comes at most after the prompts' share of the time, and what little a layer
-    more takes."""
+    """While it is computed, a step comes after the prompts' share of the time, or a layer more."""
     scheduler, context = make(2, n_ctx=600, n_blocks=300, n_batch=64, n_layer=16)
     stream = request([1], 400)
     add(scheduler, stream)
@@ -279,7 +279,7 @@ def test_a_long_prompt_beside_a_stream() -> None:
     while not prompt.ended:
         scheduler.round()
         times.append(context.clock.now)
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(times)]
     step = pass_seconds(1)
     assert max(gaps[1:]) < 1.75 * step  # a third of the time for prompts
     assert sum(gaps) / len(gaps) > 1.35 * step
