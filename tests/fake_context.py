@@ -67,8 +67,8 @@ class FakeContext:
     """As _native.Context, with blocks of four tokens.
 
     n_vocab: the smaller, the more repetition. exact: what a token was fed as makes no difference.
-    step_s: seconds of a pass by its number of tokens; an advance takes its layers' share.
-    poison: a token that, fed, makes the whole batch fail.
+    poison: a token that, fed, makes the whole batch fail. name: others generate something else, here and there.
+    An advance takes its layers' share of a pass's seconds.
     """
 
     block_tokens = 4
@@ -84,7 +84,9 @@ class FakeContext:
         exact: bool = False,
         clock: FakeClock | None = None,
         poison: int | None = None,
+        name: str = "",
     ) -> None:
+        self.name = name
         self.n_ctx, self.n_blocks, self.n_batch, self.n_layer = n_ctx, n_blocks, n_batch, n_layer
         self.n_vocab, self.exact = n_vocab, exact
         self.clock = clock or FakeClock()
@@ -94,6 +96,7 @@ class FakeContext:
         self.users: dict[int, int] = {}
         self.sequences: dict[int, FakeSequence] = {}
         self.passes: list[list[tuple[int, bool]]] = []  # of each its feeds' sizes, and whether prompts
+        self.seconds = pass_seconds  # of a pass, by its number of tokens
         self._under_way: list[Feed] | None = None
         self._layers_done = 0
         self._done: list[Feed] = []
@@ -154,7 +157,7 @@ class FakeContext:
     ) -> None:
         feeds = self._feeds(sequences, tokens, prompts, wants)
         self._extend(feeds)
-        self.clock.now += pass_seconds(sum(len(feed.tokens) for feed in feeds))
+        self.clock.now += self.seconds(sum(len(feed.tokens) for feed in feeds))
         self._end(feeds)
 
     def begin(
@@ -171,7 +174,7 @@ class FakeContext:
         feeds = self._under_way
         expect(feeds is not None and 1 <= n_layers <= self.n_layer - self._layers_done)
         n_tokens = sum(len(feed.tokens) for feed in feeds)
-        self.clock.now += pass_seconds(n_tokens) * n_layers / self.n_layer
+        self.clock.now += self.seconds(n_tokens) * n_layers / self.n_layer
         self._layers_done += n_layers
         if self._layers_done < self.n_layer:
             return False
@@ -233,7 +236,7 @@ class FakeContext:
         # The last two alone decide in seven of eight cases: so texts repeat themselves.
         if self.exact:
             content = [(token, False) for token, _ in content]
-        whole = hashlib.blake2b(repr(content).encode(), digest_size=8).digest()
+        whole = hashlib.blake2b(f"{self.name}{content}".encode(), digest_size=8).digest()
         near = hashlib.blake2b(repr((content[-2:], besides[:1])).encode(), digest_size=8).digest()
         number = int.from_bytes(whole if whole[0] < 32 else near, "little")
         return number / 2**64

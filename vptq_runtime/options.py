@@ -21,7 +21,7 @@ SPECULATION = ("auto", "off", "ngram")
 
 
 class GenerateOptions(TypedDict, total=False):
-    """The keyword arguments that a Runtime's `generate`, `chat` and `submit` share; `generate` documents them."""
+    """The keyword arguments that a Runtime's `generate`, `chat` and `submit` share: see `generate`."""
 
     max_tokens: int | None
     temperature: float
@@ -117,22 +117,35 @@ class Options:
         """The sampler of a list's prompt number `index`, seeded with seed + index."""
         from vptq_runtime._native import Sampler
 
-        assert self.seed is not None
         for token in self.logit_bias or ():
             check_int("logit_bias", token, 0, n_vocab - 1)
         return Sampler(
-            temperature=float(self.temperature),
-            top_k=min(self.top_k, 2**31 - 1),
-            top_p=float(self.top_p),
-            min_p=float(self.min_p),
+            **self._filters(index),
             repeat_penalty=float(self.repeat_penalty),
-            seed=(self.seed + index) % SEEDS,
             presence_penalty=float(self.presence_penalty),
             frequency_penalty=float(self.frequency_penalty),
             logit_bias={token: float(bias) for token, bias in (self.logit_bias or {}).items()},
             min_tokens=min(self.min_tokens, 2**31 - 1),
             end_tokens=list(end_tokens),
         )
+
+    def draft_sampler(self, index: int, n_drawn: int) -> Sampler:
+        """What a draft model draws with, from draw n_drawn on: the same random numbers, without penalties."""
+        from vptq_runtime._native import Sampler
+
+        sampler = Sampler(**self._filters(index), repeat_penalty=1.0)
+        sampler.accept([0] * n_drawn, generated=True)
+        return sampler
+
+    def _filters(self, index: int) -> dict[str, Any]:
+        assert self.seed is not None
+        return {
+            "temperature": float(self.temperature),
+            "top_k": min(self.top_k, 2**31 - 1),
+            "top_p": float(self.top_p),
+            "min_p": float(self.min_p),
+            "seed": (self.seed + index) % SEEDS,
+        }
 
     def _check_bias(self) -> None:
         if self.logit_bias is None:

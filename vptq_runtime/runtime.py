@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from vptq_runtime import _native
 from vptq_runtime.checks import check_choice, check_int, shown
+from vptq_runtime.engine.draft_model import DraftModel
 from vptq_runtime.engine.engine import Engine, EngineStats
 from vptq_runtime.engine.ngram import NgramDrafter
 from vptq_runtime.engine.request import LogitsRequest, Request
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from vptq_runtime.engine.constraints import Constraint, Constraints
+    from vptq_runtime.engine.speculation import Drafter
     from vptq_runtime.options import GenerateOptions
     from vptq_runtime.text.chat_template import Message
 
@@ -106,7 +109,8 @@ class Runtime:
         check_choice("cache", cache, CACHES)
         self._path = _checked_path(path)
         model = _native.Model(self._path)
-        self._metadata: Metadata | None = Metadata(model)
+        self._model: _native.Model | None = model
+        self._metadata = Metadata(model)
         self._vocabulary = Vocabulary(self._metadata, model.n_vocab, self._path)
         self._n_ctx_train = model.n_ctx_train
         self._context_options: dict[str, Any] = {
@@ -135,12 +139,15 @@ class Runtime:
             cache=cache,
             closed=lambda: OptionError(closed),
         )
+        self._ngrams = NgramDrafter()
+        self._draft_models: weakref.WeakKeyDictionary[Runtime, DraftModel] = weakref.WeakKeyDictionary()
+        self._draft_models_lock = threading.Lock()
         # Without a word to it: before the interpreter's end, or where nobody has it any more.
         self._close_engine = weakref.finalize(self, self._engine.close)
         self._load_s = time.perf_counter() - start
 
     def __repr__(self) -> str:
-        state = f"on {self._device}, n_ctx {self._n_ctx}" if self._metadata else "closed"
+        state = f"on {self._device}, n_ctx {self._n_ctx}" if self._model else "closed"
         return f"<Runtime {self._path!r} {state}>"
 
     def __enter__(self) -> Runtime:
@@ -152,16 +159,14 @@ class Runtime:
     def close(self) -> None:
         """Gives back the file and the memory. Requests at work end with an OptionError that says so."""
         self._close_engine()
-        self._metadata = None
+        self._model = None
+        self._draft_models.clear()
 
     @property
     def metadata(self) -> Mapping[str, Any]:
         """All key-value pairs of the file, read only; arrays are lists, made when they are asked for."""
-        metadata = self._metadata
-        if metadata is None:
-            self._engine.check_open()
-        assert metadata is not None
-        return metadata
+        self._engine.check_open()
+        return self._metadata
 
     @property
     def device(self) -> str:
@@ -373,9 +378,31 @@ class Runtime:
             n_logprobs=options.logprobs,
             n_prompt_logprobs=options.prompt_logprobs,
             constraint=self._constraint(options),
-            drafter=None if options.speculate == "off" else NgramDrafter(),
+            drafter=self._drafter(options),
+            draft_sampler=partial(options.draft_sampler, index),
             salt=options.cache_salt,
         )
+
+    def _drafter(self, options: Options) -> Drafter | None:
+        if isinstance(options.speculate, Runtime):
+            return self._draft_model(options.speculate)
+        return None if options.speculate == "off" else self._ngrams
+
+    def _draft_model(self, small: Runtime) -> DraftModel:
+        """The model of another Runtime, on a context of its own: two engines never wait for one another."""
+        with self._draft_models_lock:
+            if small not in self._draft_models:
+                if small is self or small._model is None:
+                    found = "this Runtime itself" if small is self else "a closed Runtime"
+                    raise OptionError(f"speculate: found {found}, expected an open one of a smaller model")
+                if not self._vocabulary.same_tokens(small._vocabulary):
+                    raise OptionError(
+                        f"speculate: found other tokens in {small._path}, expected those of {self._path}"
+                    )
+                context = _native.Context(small._model, **small._context_options, n_ctx=self._n_ctx)
+                n_vocab = min(small.n_vocab, self.n_vocab)
+                self._draft_models[small] = DraftModel(context, n_vocab, time.perf_counter)
+            return self._draft_models[small]
 
     def _constraint(self, options: Options) -> Constraint | None:
         return self._constraints.compile(**options.constraints) if options.constraints else None

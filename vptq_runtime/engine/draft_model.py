@@ -11,7 +11,7 @@ from vptq_runtime.errors import VPTQError
 
 if TYPE_CHECKING:
     from vptq_runtime.engine.batch import Context
-    from vptq_runtime.engine.request import Request, Sampler
+    from vptq_runtime.engine.request import Request
 
 MOST_DRAFTS = 8  # of a request in a step: each takes a step of the small model
 PROBE_EVERY = 32  # steps without drafts, after which one draft shows whether they would be right by now
@@ -21,25 +21,17 @@ PRIOR = ((0, 0.7),)
 class DraftModel:
     """A small model that drafts for requests of another one, in that one's thread.
 
-    Each request has a sequence in the context, which is cut back to what became of its drafts and goes on from
-    there. Drafts are drawn with the random numbers that the tokens themselves will be drawn with: two models
-    that agree draw the same token more often so than with numbers of their own.
+    Each request has a sequence in the context, which is cut back to what became of its drafts and goes on
+    from there. Drafts are drawn with the random numbers that the tokens themselves will be drawn with: two
+    models that agree draw the same token more often so than with numbers of their own.
 
     n_vocab: ids from there on are not this model's.
-    new_sampler: a request's sampler as it was made, which goes on from any draw.
     clock: seconds, for what its steps take.
     """
 
-    def __init__(
-        self,
-        context: Context,
-        n_vocab: int,
-        new_sampler: Callable[[Request], Sampler],
-        clock: Callable[[], float],
-    ) -> None:
+    def __init__(self, context: Context, n_vocab: int, clock: Callable[[], float]) -> None:
         self._context = context
         self._n_vocab = n_vocab
-        self._new_sampler = new_sampler
         self._clock = clock
         self._costs = StepCosts(context.n_layer)
         self._right = RightSoFar(PRIOR)
@@ -102,7 +94,7 @@ class DraftModel:
         """Makes the drafts of all texts, one more for each in every step of the small model."""
         for text in texts:
             text.n_ids = len(text.request.ids)
-        samplers = {text: self._new_sampler(text.request) for text in texts}
+        samplers = {text: text.request.draft_sampler(text.request.n_sampled) for text in texts}
         for _ in range(n_drafts):
             going = [text for text in texts if len(text.drafts) < text.most]
             feeds = [text.lacking() for text in going]
@@ -132,12 +124,12 @@ class DraftedText:
         self.n_ids = 0  # made when the request had so many tokens
 
     def n_right(self) -> int:
-        """How many of the tokens in the sequence are the request's."""
+        """How many tokens of the sequence are the request's; the last one is fed again, for its logits."""
         ids, fed = self.request.ids, self.fed
         n = min(self.n_ids, len(fed))  # those were
-        while n < len(fed) and n < len(ids) and fed[n] == ids[n]:
+        while n < min(len(fed), len(ids)) and fed[n] == ids[n]:
             n += 1
-        return n
+        return min(n, len(ids) - 1)
 
     def lacking(self) -> list[int]:
         """What the sequence lacks of the request's tokens and the drafts so far."""

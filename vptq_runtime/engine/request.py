@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vptq_runtime.engine.mailbox import Mailbox
+from vptq_runtime.errors import OptionError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +34,10 @@ class Delta(NamedTuple):
     logprobs: list[TokenLogprob]  # of the tokens, where asked for
 
 
+def _no_sampler(n_drawn: int) -> Sampler:
+    raise OptionError("draft_sampler: found none, expected one beside a draft model")
+
+
 @dataclass(eq=False)
 class Request:
     """A prompt and its continuation.
@@ -52,6 +57,7 @@ class Request:
     n_prompt_logprobs: int | None = None  # the same of the prompt's; None: none
     constraint: Constraint | None = None
     drafter: Drafter | None = None
+    draft_sampler: Callable[[int], Sampler] = _no_sampler  # for a draft model, from so many draws on
     uses_cache: bool = True
     salt: str = ""  # requests with different ones share no cached blocks
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from fake_context import FakeClock, FakeContext, FakeSampler, alone, pass_seconds
 
+from vptq_runtime.engine.draft_model import DraftModel
 from vptq_runtime.engine.ngram import NgramDrafter
 from vptq_runtime.engine.request import LogitsRequest, Request
 from vptq_runtime.engine.scheduler import MOST_PASSED_OVER, Scheduler
@@ -159,7 +160,7 @@ def test_preemption_changes_nothing() -> None:
 
 def test_preempted_after_what_others_have_generated() -> None:
     """Its prompt came from blocks of generated tokens: computed again, they are fed as such again."""
-    scheduler, context = make(2, n_blocks=11, n_ctx=40)
+    scheduler, _ = make(2, n_blocks=11, n_ctx=40)
     first = request([1, 2, 3], 14)
     add(scheduler, first)
     run(scheduler)
@@ -349,4 +350,27 @@ def test_two_ends_of_drafts() -> None:
     add(scheduler, each)
     run(scheduler)
     assert each.tokens == tokens[: tokens.index(end)]
+    nothing_left(scheduler, context)
+
+
+@pytest.mark.parametrize("small", ["the same", "another", "short of memory", "with fewer tokens"])
+def test_a_draft_model_changes_nothing(small: str) -> None:
+    scheduler, context = make(4, exact=True)
+    drafting = FakeContext(clock=context.clock, n_ctx=64, exact=True, name=small * (small == "another"))
+    drafting.memory_ends_at = 3 if small == "short of memory" else None
+    drafting.seconds = lambda n_tokens: 1e-4 * pass_seconds(n_tokens)
+    model = DraftModel(drafting, 20 if small == "with fewer tokens" else 50, context.clock)
+    requests = [
+        request(prompt, 20, i, drafter=model, draft_sampler=lambda n, i=i: FakeSampler(i, n))
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    add(scheduler, *requests)
+    run(scheduler)
+    for i, each in enumerate(requests):
+        assert each.tokens == alone(context, PROMPTS[i], 20, i) and each.error is None
+    if small == "the same":
+        assert scheduler.counters.accepted == scheduler.counters.drafted > 40
+    if small == "another":
+        assert 0 < scheduler.counters.accepted < scheduler.counters.drafted
+    assert not drafting.sequences and not drafting.users
     nothing_left(scheduler, context)

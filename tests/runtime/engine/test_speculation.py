@@ -72,8 +72,8 @@ def test_no_more_than_may_come() -> None:
     speculator = Speculator(costs(**FLAT), 64)
     drafter = Sure([7] * 50, 0.9)
     assert lengths(speculator, request(drafter, max_tokens=4)) == [
-        3
-    ]  # and the token that is drawn in any case
+        3  # and the token that is drawn in any case
+    ]
     assert lengths(speculator, request(drafter, max_tokens=1)) == [0]
     assert lengths(speculator, request(drafter, n_prompt=10), n_ctx=15) == [5]
     assert lengths(Speculator(costs(**FLAT), 4), request(drafter), request(drafter)) == [1, 1]
