@@ -132,9 +132,10 @@ class Runtime:
         self._n_ctx = context.n_ctx
         self._n_batch = context.n_batch
         closed = f"{self._path}: the Runtime is closed, expected an open one"
+        self._parallel = parallel or PARALLEL["cuda" if self._device.startswith("cuda") else "cpu"]
         self._engine = Engine(
             context,
-            parallel=parallel or PARALLEL["cuda" if self._device.startswith("cuda") else "cpu"],
+            parallel=self._parallel,
             max_waiting=queue,
             cache=cache,
             closed=lambda: OptionError(closed),
@@ -199,6 +200,11 @@ class Runtime:
         self._engine.check_open()
         return self._vocabulary.bos_token
 
+    @property
+    def parallel(self) -> int:
+        """Most requests that are computed together."""
+        return self._parallel
+
     def stats(self) -> EngineStats:
         """What is being done, and what has been done since the start."""
         return self._engine.stats
@@ -210,6 +216,10 @@ class Runtime:
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The text of token ids; special tokens have none, bytes that are not UTF-8 become U+FFFD."""
         return self._vocabulary.tokenizer.decode(self._vocabulary.checked("tokens", tokens))
+
+    def token_text(self, token: int) -> str:
+        """What stands for one token where it is shown by itself: its text, or how the vocabulary spells it."""
+        return self._vocabulary.shown(token)
 
     @overload
     def generate(

@@ -126,7 +126,11 @@ def options_as_typed(options: Mapping[str, str], given: Mapping[str, str]) -> It
 
 @contextlib.contextmanager
 def open_runtime(
-    path: str | os.PathLike[str], arguments: Namespace, *, n_ctx: int | None = None
+    path: str | os.PathLike[str],
+    arguments: Namespace,
+    *,
+    n_ctx: int | None = None,
+    parallel: int | None = None,
 ) -> Iterator[Runtime]:
     """The model of a file, by the options of add_context_options (but for n_ctx, if it is given) and
     add_backend_options."""
@@ -141,6 +145,7 @@ def open_runtime(
             n_threads=arguments.n_threads,
             kv_type=arguments.kv_type,
             precision=arguments.precision,
+            parallel=parallel,
             progress=progress,
         )
     with runtime:

@@ -75,6 +75,15 @@ class Vocabulary:
                 check_int(f"{option}[{index}]", token, 0, self.n_vocab - 1)
         return list(tokens)
 
+    def shown(self, token: int) -> str:
+        """A token by itself: its text within others, or, of a special one, how the vocabulary spells it."""
+        check_int("token", token, 0, self.n_vocab - 1)
+        if self._tokenizer is None:
+            return f"[{token}]"
+        anchor = self._tokenizer.encode("a", add_special=False)
+        text = self._tokenizer.decode([*anchor, token]).removeprefix(self._tokenizer.decode(anchor))
+        return text or self._tokenizer.token(token) or ""
+
     def prompt(self, prompt: object, n_ctx: int) -> list[int]:
         """The tokens of a prompt, a text or a list of token ids: at least one, and less than n_ctx."""
         if isinstance(prompt, str):
