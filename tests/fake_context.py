@@ -67,8 +67,8 @@ class FakeContext:
     """As _native.Context, with blocks of four tokens.
 
     n_vocab: the smaller, the more repetition. exact: what a token was fed as makes no difference.
-    poison: a token that, fed, makes the whole batch fail. name: others generate something else, here and there.
-    An advance takes its layers' share of a pass's seconds.
+    poison: a token that, fed, makes the whole batch fail. name: with another one it generates something else,
+    here and there. An advance takes its layers' share of a pass's seconds.
     """
 
     block_tokens = 4

@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vptq_runtime.errors import (
+    BusyError,
     DeviceError,
     FileError,
     OptionError,
@@ -15,12 +16,15 @@ from vptq_runtime.errors import (
 )
 
 if TYPE_CHECKING:
-    from vptq_runtime.runtime import Generation, Runtime
+    from vptq_runtime.runtime import EngineStats, Generation, GenerationStream, Runtime
 
 __all__ = [
+    "BusyError",
     "DeviceError",
+    "EngineStats",
     "FileError",
     "Generation",
+    "GenerationStream",
     "OptionError",
     "OutOfMemoryError",
     "Runtime",
@@ -45,7 +49,7 @@ def __getattr__(name: str) -> Any:
     # Loaded on first use: the converter needs only the errors, not the native library and the tokenizers.
     if name == "_native":
         return _import_native()
-    if name in ("Generation", "Runtime"):
+    if name in ("EngineStats", "Generation", "GenerationStream", "Runtime"):
         from vptq_runtime import runtime
 
         return getattr(runtime, name)

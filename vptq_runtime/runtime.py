@@ -218,7 +218,7 @@ class Runtime:
         return self._vocabulary.tokenizer.decode(self._vocabulary.checked("tokens", tokens))
 
     def token_text(self, token: int) -> str:
-        """What stands for one token where it is shown by itself: its text, or how the vocabulary spells it."""
+        """A token where it is shown by itself: its text, or, of a special one, its spelling."""
         return self._vocabulary.shown(token)
 
     @overload

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from vptq_runtime.bench.shapes import SHAPES, find_shape
+from vptq_runtime.bench.shapes import find_shape, known_shapes
 from vptq_runtime.commands import command
 from vptq_runtime.errors import OptionError
 
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--synthetic",
         metavar="SHAPE",
-        help=f"no file, but random weights in memory, of the shape of {', '.join(SHAPES)}",
+        help=f"no file, but random weights in memory, of the shape of {', '.join(known_shapes())}",
     )
     model.add_argument(
         "--fits", action="store_true", help="measure nothing, but say which of these models fits which device"

@@ -1,4 +1,4 @@
-"""The shapes of the models that VPTQ checkpoints exist of, as their config.json has them."""
+"""The shapes of known models, as their config.json has them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vptq_runtime.errors import OptionError
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model's size and speed depend on. In all of these output and embedding are two matrices."""
+    """What a model's size and speed depend on."""
 
     n_layer: int
     n_embd: int
@@ -23,6 +23,7 @@ class Shape:
     head_dim: int = 128
     arch: str = "llama"  # qwen2: q, k and v have biases
     sliding_window: int | None = None
+    tied: bool = False  # the output matrix is the embedding
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -44,6 +45,7 @@ class Shape:
         return sum(weights[linear] for linear in linears) / sum(weights.values())
 
 
+# Of these there are public VPTQ checkpoints.
 SHAPES = {
     "llama-2-7b": Shape(32, 4096, 11008, 32, 32, 32000, 4096, 1e4),
     "llama-2-13b": Shape(40, 5120, 13824, 40, 40, 32000, 4096, 1e4),
@@ -61,10 +63,24 @@ SHAPES = {
     "qwen2.5-32b": Shape(64, 5120, 27648, 40, 8, 152064, 32768, 1e6, arch="qwen2"),
     "qwen2.5-72b": Shape(80, 8192, 29568, 64, 8, 152064, 32768, 1e6, arch="qwen2"),
 }
+# Of these there are none; they are small enough to try things with.
+SMALL_SHAPES = {
+    "llama-3.2-1b": Shape(16, 2048, 8192, 32, 8, 128256, 131072, 5e5, head_dim=64, tied=True),
+    "llama-3.2-3b": Shape(28, 3072, 8192, 24, 8, 128256, 131072, 5e5, tied=True),
+    "smollm2-135m": Shape(30, 576, 1536, 9, 3, 49152, 8192, 1e5, head_dim=64, tied=True),
+    "smollm2-360m": Shape(32, 960, 2560, 15, 5, 49152, 8192, 1e5, head_dim=64, tied=True),
+    "smollm2-1.7b": Shape(24, 2048, 8192, 32, 32, 49152, 8192, 1.3e5, head_dim=64, tied=True),
+}
+
+
+def known_shapes() -> dict[str, Shape]:
+    """All of them, by name."""
+    return SHAPES | SMALL_SHAPES
 
 
 def find_shape(name: str) -> Shape:
     """Raises OptionError, which lists the known names."""
-    if name not in SHAPES:
-        raise OptionError(f"--synthetic: found {name!r:.80}, expected one of {', '.join(SHAPES)}")
-    return SHAPES[name]
+    shapes = known_shapes()
+    if name not in shapes:
+        raise OptionError(f"--synthetic: found {name!r:.80}, expected one of {', '.join(shapes)}")
+    return shapes[name]

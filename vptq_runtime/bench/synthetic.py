@@ -149,7 +149,8 @@ class SyntheticModel:
                 if s.arch == "qwen2" and linear in ("attn_q", "attn_k", "attn_v"):
                     tensors.append(_constant(f"{name}.{linear}.bias", F32, out_features, 0))
         tensors.append(_constant("output_norm.weight", F32, s.n_embd, 1))
-        tensors.append(matrices[self.output_type]("output.weight", (s.n_vocab, s.n_embd), -6))
+        if not s.tied or self.output_type != self.embedding_type:  # as vptq-convert has it
+            tensors.append(matrices[self.output_type]("output.weight", (s.n_vocab, s.n_embd), -6))
         return tensors
 
     def facts(self, n_layer: int, kv_type: str) -> ModelFacts:

@@ -52,9 +52,10 @@ Prompts are taken as they are: \\n in one is a backslash and an n (bash has $'\\
   vptq-run -m model.gguf -p "A user as JSON:" --json-schema user.json
   vptq-run -m model.gguf --prompts prompts.jsonl --parallel 16 > results.jsonl
 
---prompts takes a text file with a prompt in each line, or with the suffix .jsonl an object in each: "prompt" (a text,
-or token ids) or "messages" (for a chat), if need be an "id" that its result repeats, and options of the Python API
-(max_tokens, temperature, json_schema ...). Results are one JSON object a line, in the same order.
+--prompts takes a text file with a prompt in each line, or, where its name ends with .jsonl, an object in
+each: "prompt" (a text, or token ids) or "messages" (for a chat), if need be an "id", which its result repeats, and
+options of the Python API (max_tokens, temperature, json_schema ...). Results are a JSON object a line, in the
+same order.
 
 Exit status: 0 done, 1 an error, 2 wrong usage, 130 stopped by Ctrl-C.
 """
@@ -85,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
         "--parallel",
         metavar="N",
         type=int,
-        help="most prompts of --prompts at once (default: 8, on a GPU 64)",
+        help="of --prompts, most at once (default: 8, on a GPU 64)",
     )
     p.add_argument(
         "-n",
@@ -119,13 +120,13 @@ def parser() -> argparse.ArgumentParser:
     sampling.add_argument(
         "--repeat-penalty", metavar="R", type=float, default=1.0, help="1 is off (default: %(default)s)"
     )
-    for name, when in (("presence", "once"), ("frequency", "as often as it was")):
+    for name, when in (("presence", "once each"), ("frequency", "as often as they were")):
         sampling.add_argument(
             f"--{name}-penalty",
             metavar="R",
             type=float,
             default=0.0,
-            help=f"taken from the logit of each token that was generated, {when}; -2 to 2 (default: %(default)s)",
+            help=f"taken from the logits of generated tokens, {when}; -2 to 2 (default: %(default)s)",
         )
     sampling.add_argument(
         "--seed",

@@ -72,6 +72,11 @@ class GenerationStream:
             self._check()
         return delta
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has come to its end, and `result` waits for nothing."""
+        return self._request.mailbox.ended
+
     def cancel(self) -> None:
         """Ends it early, within a step of the engine; waits for nothing. After the end it does nothing."""
         if not self._request.mailbox.ended:
