@@ -33,9 +33,9 @@ class Model:
 class Sampler:
     """Logits to token for one sequence.
 
-    First the logits are adjusted: repeat penalty, presence and frequency penalty, bias, bans (end tokens while
-    there are fewer than min_tokens, and what a mask does not allow), in this order. Then top-k, top-p, min-p,
-    temperature. What token number n is drawn with depends on the seed and n alone.
+    First the logits are adjusted: repeat penalty, presence and frequency penalty, bias, bans (end tokens
+    while there are fewer than min_tokens, and what a mask does not allow), in this order. Then top-k, top-p,
+    min-p, temperature. What token number n is drawn with depends on the seed and n alone.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Sampler:
         min_tokens: the end_tokens are banned until so many tokens have been generated.
         """
     def accept(self, tokens: Sequence[int], generated: bool = False) -> None:
-        """Adds tokens to the history: those of a prompt, which the repeat penalty looks at, or generated ones.
+        """Adds tokens to the history: those of a prompt, for the repeat penalty, or generated ones.
 
         Generated ones count for all penalties and for min_tokens, and each is one draw: with
         accept(tokens so far, generated=True) a new Sampler goes on, bit for bit, where another one was.
@@ -71,8 +71,8 @@ class Sampler:
     def sample(self, logits: NDArray[np.float32], mask: NDArray[np.int32] | None = None) -> int:
         """Draws a token from logits (n_vocab,) and adds it to the history as generated.
 
-        mask (ceil(n_vocab / 32),): bit t % 32 of word t // 32 says whether token t is allowed. Where it allows
-        only end tokens that min_tokens bans, they are not banned.
+        mask (ceil(n_vocab / 32),): bit t % 32 of word t // 32 says whether token t is allowed. Where it
+        allows only end tokens that min_tokens bans, they are not banned.
         Raises OptionError where a logit is not finite, and where no token is left.
         """
     def sample_candidates(self, tokens: Sequence[int], logits: Sequence[float]) -> int:
@@ -85,13 +85,13 @@ class Sampler:
         """0: all logits are needed."""
     @property
     def adjusted_tokens(self) -> list[int]:
-        """Whose logits are not used as they are; in ascending order, numbers that are no tokens among them."""
+        """Whose logits are not used as they are; ascending, with numbers that are no tokens."""
 
 class Context:
     """A model on a device with a KV cache shared by many sequences. One call at a time.
 
-    The cache's blocks have numbers from 0 to n_blocks - 1, and hold block_tokens tokens each. A block may belong
-    to several sequences, and be held; it is free when nobody uses it.
+    The cache's blocks have numbers from 0 to n_blocks - 1, and hold block_tokens tokens each. A block may
+    belong to several sequences, and be held; it is free when nobody uses it.
     """
 
     def __init__(
@@ -111,8 +111,9 @@ class Context:
         n_threads: 0 for the physical cores; kv_type: f16 | f32 | q8_0; precision: auto | f32; progress: see
         Runtime.
 
-        kv_tokens: most tokens of all sequences, at least n_ctx. 0: as many as three quarters of the memory hold
-        that the weights leave, from one to 64 sequences of n_ctx. Memory is taken when it is needed."""
+        kv_tokens: most tokens of all sequences, at least n_ctx. 0: as many as three quarters of the memory
+        hold that the weights leave, from one to 64 sequences of n_ctx. Memory is taken when it is needed.
+        """
     @property
     def device(self) -> str:
         """What it runs on, for people: `cpu (avx512, 2 threads)`."""
@@ -173,8 +174,8 @@ class Context:
         samplers[i]: who will draw from them. Where every feed with wanted logits has one, a GPU brings only
             what these need, and logits(), log_probs() and masks are not to be asked for.
 
-        An error leaves all sequences as they were. Raises OptionError, OutOfMemoryError (no blocks, no memory),
-        FileError (logits that are not finite), DeviceError.
+        An error leaves all sequences as they were. Raises OptionError, OutOfMemoryError (no blocks, no
+        memory), FileError (logits that are not finite), DeviceError.
         """
     def begin(
         self,
@@ -186,13 +187,13 @@ class Context:
     ) -> None:
         """The same, but computed by advance(), some layers at a time. At most one batch is under way.
 
-        forward() may come in between, with other sequences: those of the batch under way are busy, and feeding,
-        truncating or freeing one is an OptionError.
+        forward() may come in between, with other sequences: those of the batch under way are busy, and
+        feeding, truncating or freeing one is an OptionError.
         """
     def advance(self, n_layers: int) -> bool:
-        """Computes so many more layers of the batch under way; True: it has come to its end, as forward() does.
+        """Computes so many more layers of the batch under way.
 
-        An error abandons it.
+        True: it has come to its end, as forward() does. An error abandons it.
         """
     def abandon(self) -> None:
         """The batch under way never was. Without one nothing happens."""
