@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vptq_runtime.errors import OutOfMemoryError
-
 if TYPE_CHECKING:
     from vptq_runtime._native import Context
 
@@ -21,7 +19,7 @@ class KeptSequence:
         self._kept: tuple[int, list[int]] | None = None  # its number in the context, its tokens
 
     def take(self, context: Context, prompt: list[int], n_tokens: int) -> tuple[int, int]:
-        """A sequence with cache reserved for n_tokens tokens, and how many of the prompt's it has already.
+        """A sequence for n_tokens tokens, and how many of the prompt's it has already.
 
         That is never all of them: the last one has to be fed, for its logits.
         """
@@ -30,30 +28,20 @@ class KeptSequence:
             return self.new(context, n_tokens), 0
         sequence, tokens = kept
         n = _common_prefix(tokens, prompt[:-1])
-        try:
-            context.truncate(sequence, n)
-            context.reserve(sequence, n_tokens)
-        except BaseException:
-            context.free_sequence(sequence)
-            raise
+        context.truncate(sequence, n)
         return sequence, n
 
     def new(self, context: Context, n_tokens: int) -> int:
-        """A new sequence; where its memory is lacking, in place of the kept one."""
-        try:
-            return context.new_sequence(n_tokens)
-        except OutOfMemoryError:
+        """A new sequence for n_tokens tokens; where blocks are lacking, in place of the kept one."""
+        if context.n_free_blocks * context.block_tokens < n_tokens:
             kept, self._kept = self._kept, None
-            if kept is None:
-                raise
-            context.free_sequence(kept[0])
-            return context.new_sequence(n_tokens)
+            if kept is not None:
+                context.free_sequence(kept[0])
+        return context.new_sequence()
 
     def keep(self, context: Context, sequence: int, tokens: list[int]) -> None:
         """Keeps a sequence, which holds the first of `tokens`, instead of the one before."""
-        n = context.length(sequence)
-        context.truncate(sequence, n)  # gives back what it had reserved for more
-        before, self._kept = self._kept, (sequence, tokens[:n])
+        before, self._kept = self._kept, (sequence, tokens[: context.length(sequence)])
         if before is not None:
             context.free_sequence(before[0])
 

@@ -114,6 +114,8 @@ LogitsOut dequantize(const Model& model, const std::string& name) {
 
 using Tokens = std::vector<int32_t>;
 
+Tokens to_vector(std::span<const int32_t> tokens) { return {tokens.begin(), tokens.end()}; }
+
 int32_t sample_candidates(Sampler& sampler, const Tokens& tokens, const std::vector<float>& logits) {
   if (tokens.size() != logits.size()) throw vptq::OptionError("expected as many logits as tokens");
   std::vector<vptq::Candidate> candidates;
@@ -192,16 +194,15 @@ NB_MODULE(_native, m) {
           nb::arg("logits"))
       .def("sample_candidates", sample_candidates, nb::arg("tokens"), nb::arg("logits"))
       .def_prop_ro("n_candidates", &Sampler::n_candidates)
-      .def_prop_ro("penalised_tokens", [](const Sampler& self) {
-        return Tokens(self.penalised_tokens().begin(), self.penalised_tokens().end());
-      });
+      .def_prop_ro("penalised_tokens", [](const Sampler& self) { return to_vector(self.penalised_tokens()); });
 
   nb::class_<Context>(m, "Context")
       .def(
           "__init__",
           [](Context* self, std::shared_ptr<Model> model, const std::string& device, int gpu_layers, int n_ctx,
-             int n_threads, const std::string& kv_type, const std::string& precision, const nb::object& progress) {
-            vptq::ContextOptions options{device, gpu_layers, n_ctx, n_threads, kv_type, precision, {}};
+             int n_threads, const std::string& kv_type, const std::string& precision, int64_t kv_tokens,
+             const nb::object& progress) {
+            vptq::ContextOptions options{device, gpu_layers, n_ctx, n_threads, kv_type, precision, kv_tokens, {}};
             if (!progress.is_none())
               options.progress = [&](int done, int all) {
                 const nb::gil_scoped_acquire acquire;
@@ -211,17 +212,30 @@ NB_MODULE(_native, m) {
             new (self) Context(std::move(model), options);
           },
           nb::arg("model"), nb::kw_only(), nb::arg("device"), nb::arg("gpu_layers") = -1, nb::arg("n_ctx"),
-          nb::arg("n_threads"), nb::arg("kv_type"), nb::arg("precision") = "auto", nb::arg("progress") = nb::none())
+          nb::arg("n_threads"), nb::arg("kv_type"), nb::arg("precision") = "auto", nb::arg("kv_tokens") = 0,
+          nb::arg("progress") = nb::none())
       .def_prop_ro("device", &Context::device)
       .def_prop_ro("why_not_cuda", &Context::why_not_cuda)
       .def_prop_ro("available_memory", &Context::available_memory)
       .def_prop_ro("n_ctx", &Context::n_ctx)
+      .def_prop_ro("n_layer", &Context::n_layer)
       .def_prop_ro("n_batch", &Context::n_batch)
-      .def("new_sequence", &Context::new_sequence, nb::arg("n_tokens"), no_gil)
+      .def_prop_ro("block_tokens", [](const Context&) { return Context::block_tokens(); })
+      .def_prop_ro("n_blocks", &Context::n_blocks)
+      .def_prop_ro("n_free_blocks", &Context::n_free_blocks)
+      .def(
+          "new_sequence", [](Context& self, const Tokens& prefix) { return self.new_sequence(prefix); },
+          nb::arg("prefix") = Tokens())
       .def("free_sequence", &Context::free_sequence, nb::arg("sequence"))
-      .def("reserve", &Context::reserve, nb::arg("sequence"), nb::arg("n_tokens"), no_gil)
       .def("truncate", &Context::truncate, nb::arg("sequence"), nb::arg("n_tokens"))
       .def("length", &Context::length, nb::arg("sequence"))
+      .def(
+          "blocks", [](const Context& self, int sequence) { return to_vector(self.blocks(sequence)); },
+          nb::arg("sequence"))
+      .def(
+          "hold", [](Context& self, const Tokens& blocks) { self.hold(blocks); }, nb::arg("blocks"))
+      .def(
+          "release", [](Context& self, const Tokens& blocks) { self.release(blocks); }, nb::arg("blocks"))
       .def("prefill", prefill, nb::arg("sequences"), nb::arg("tokens"), no_gil)
       .def("step", step, nb::arg("sequences"), nb::arg("tokens"), nb::arg("samplers"),
            nb::arg("prompts") = std::vector<bool>(), no_gil)

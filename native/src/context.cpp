@@ -20,6 +20,17 @@ DType kv_type_of(const std::string& name, int head_dim) {
   throw OptionError("kv_type: found '" + name + "', expected f16, f32 or q8_0");
 }
 
+constexpr int64_t kMostSequences = 64;   // of n_ctx tokens, that the KV cache has room for unless kv_tokens says so
+constexpr double kShareForCache = 0.75;  // of the memory that the weights leave
+
+// Bytes of the weights of these layers in the file.
+size_t bytes_of(const Model& model, LayerRange layers) {
+  size_t bytes = layers.begin == 0 ? model.token_embd().bytes : 0;
+  for (int i = layers.begin; i < layers.end; ++i) bytes += model.layer_bytes(i);
+  if (layers.end == model.hyperparameters().n_layer) bytes += model.output_bytes();
+  return bytes;
+}
+
 }  // namespace
 
 struct Context::State {
@@ -37,7 +48,8 @@ struct Context::State {
       : model(std::move(m)),
         n_ctx(options.n_ctx),
         why_not_cuda(std::move(placement.why_not_cuda)),
-        cache(cache_parts(placement, layout), n_ctx) {
+        cache(cache_parts(placement, layout), n_ctx,
+              KvLayout::blocks_for(options.kv_tokens ? options.kv_tokens : n_ctx)) {
     cache.check_memory(n_ctx);
     bool copied = false;
     for (auto& [backend, layers] : placement.parts) {
@@ -48,6 +60,7 @@ struct Context::State {
       parts.push_back({std::move(backend), rounded, std::move(transformer), {}});
     }
     if (copied) model->file().drop_pages();
+    if (options.kv_tokens == 0) cache.allow(blocks_that_fit());
   }
 
   static std::vector<KvCache::Part> cache_parts(const Placement& placement, KvLayout layout) {
@@ -59,12 +72,23 @@ struct Context::State {
     return parts;
   }
 
+  // Blocks for one sequence of n_ctx tokens at least.
+  int64_t blocks_that_fit() const {
+    const int64_t least = KvLayout::blocks_for(n_ctx);
+    double blocks = double(kMostSequences * least);
+    for (size_t i = 0; i < parts.size(); ++i) {
+      double available = double(parts[i].backend->available_memory());
+      // The file's pages count as available, but will be wanted.
+      if (parts[i].backend->total_memory() == 0) available -= double(bytes_of(*model, parts[i].transformer.layers()));
+      blocks = std::min(blocks, kShareForCache * available / double(cache.layout(i).block_bytes()));
+    }
+    return std::max(int64_t(blocks), least);
+  }
+
   // The feeds that fill_batch() has listed; their logits, or what `top` wants of them.
   void forward(std::span<const Feed> feeds, std::span<float> logits, TopLogits* top = nullptr) {
-    lengths.clear();
-    for (const Feed& feed : feeds) lengths.push_back(cache.length(feed.sequence));
     try {
-      extend(feeds);
+      reserve(feeds);
       run(logits, top);
       if (!(top ? all_finite(top->found) : all_finite(logits)))
         throw FileError(
@@ -72,10 +96,10 @@ struct Context::State {
             ": the logits are not finite: some weights are NaN, infinite, or too large for float32, or some keys or "
             "values for an f16 or q8_0 cache (option kv_type)");
     } catch (...) {  // what was not computed is not there
-      for (size_t i = 0; i < feeds.size(); ++i)
-        if (cache.length(feeds[i].sequence) > lengths[i]) cache.truncate(feeds[i].sequence, lengths[i]);
+      for (const Feed& feed : feeds) cache.give_back(feed.sequence);
       throw;
     }
+    for (const Feed& feed : feeds) cache.commit(feed.sequence, static_cast<int>(feed.tokens.size()));
   }
 
   // Checks the feeds against the model and lists their tokens, prompts first.
@@ -99,7 +123,7 @@ struct Context::State {
     size_t n = 0;
     for (size_t s = 0; s < feeds.size(); ++s) {
       const Feed& feed = feeds[s];
-      cache.length(feed.sequence);  // it exists
+      cache.check_idle(feed.sequence);
       for (size_t other = 0; other < s; ++other)
         if (feeds[other].sequence == feed.sequence)
           throw OptionError("sequence " + std::to_string(feed.sequence) + " stands twice in one batch");
@@ -127,15 +151,14 @@ struct Context::State {
     }
   }
 
-  void extend(std::span<const Feed> feeds) {
-    for (const Feed& feed : feeds) cache.extend(feed.sequence, static_cast<int>(feed.tokens.size()));
+  void reserve(std::span<const Feed> feeds) {
+    for (const Feed& feed : feeds) cache.reserve(feed.sequence, static_cast<int>(feed.tokens.size()));
     for (size_t i = 0; i < parts.size(); ++i) {
       Batch& own = parts[i].batch = batch;
       if (!parts[i].rounded) own.n_prompt = 0;
       for (const Feed& feed : feeds) {
-        const auto& blocks = cache.blocks(feed.sequence, i);
         own.first_block.push_back(static_cast<int>(own.blocks.size()));
-        own.blocks.insert(own.blocks.end(), blocks.begin(), blocks.end());
+        cache.append_memory(feed.sequence, i, own.blocks);
       }
     }
   }
@@ -187,13 +210,15 @@ struct Context::State {
   std::vector<float> x;            // (n, n_embd): the residual stream on its way from one part to the next
   std::vector<size_t> row;         // each feed's place in the batch, prompts first
   size_t n_appended = 0;           // feeds
-  std::vector<int> lengths;        // of the sequences at hand, before they are extended
   std::vector<float> step_logits;  // (n_sequences, n_vocab)
   TopLogits top{};                 // of a step, where these are all that is needed
 };
 
 Context::Context(std::shared_ptr<const Model> model, const ContextOptions& options) {
   if (options.n_ctx < 1) throw OptionError("n_ctx: found " + std::to_string(options.n_ctx) + ", expected at least 1");
+  if (options.kv_tokens != 0 && options.kv_tokens < options.n_ctx)
+    throw OptionError("kv_tokens: found " + std::to_string(options.kv_tokens) +
+                      ", expected at least n_ctx = " + std::to_string(options.n_ctx));
   if (options.precision != "auto" && options.precision != "f32")
     throw OptionError("precision: found '" + options.precision + "', expected auto or f32");
   if (options.device != "auto" && options.device != "cpu" && options.device != "cuda")
@@ -234,12 +259,18 @@ const std::string& Context::why_not_cuda() const { return state_->why_not_cuda; 
 int Context::n_ctx() const { return state_->n_ctx; }
 size_t Context::available_memory() const { return state_->parts.back().backend->available_memory(); }
 int Context::n_batch() const { return state_->n_batch; }
+int Context::n_layer() const { return model().hyperparameters().n_layer; }
+int Context::block_tokens() { return KvLayout::kBlockTokens; }
 
-int Context::new_sequence(int n_tokens) { return state_->cache.new_sequence(n_tokens); }
+int64_t Context::n_blocks() const { return state_->cache.n_blocks(); }
+int64_t Context::n_free_blocks() const { return state_->cache.n_free_blocks(); }
+int Context::new_sequence(std::span<const int32_t> prefix) { return state_->cache.new_sequence(prefix); }
 void Context::free_sequence(int sequence) { state_->cache.free_sequence(sequence); }
-void Context::reserve(int sequence, int n_tokens) { state_->cache.reserve(sequence, n_tokens); }
 void Context::truncate(int sequence, int n_tokens) { state_->cache.truncate(sequence, n_tokens); }
 int Context::length(int sequence) const { return state_->cache.length(sequence); }
+std::span<const int32_t> Context::blocks(int sequence) const { return state_->cache.blocks(sequence); }
+void Context::hold(std::span<const int32_t> blocks) { state_->cache.hold(blocks); }
+void Context::release(std::span<const int32_t> blocks) { state_->cache.release(blocks); }
 
 void Context::prefill(std::span<const Feed> feeds) {
   if (feeds.empty()) return;

@@ -65,16 +65,16 @@ TOKENS = np.random.default_rng(0).integers(N_VOCAB, size=100).tolist()
 
 def test_in_pieces_as_in_one(any_cache: _native.Context) -> None:
     context = any_cache
-    whole = context.logits(context.new_sequence(100), TOKENS)
-    sequence = context.new_sequence(0)
+    whole = context.logits(context.new_sequence(), TOKENS)
+    sequence = context.new_sequence()
     pieces = [context.logits(sequence, TOKENS[a:b]) for a, b in [(0, 1), (1, 33), (33, 64), (64, 100)]]
     assert np.array_equal(whole, np.concatenate(pieces))
 
 
 def test_sequences_do_not_see_each_other(any_cache: _native.Context) -> None:
     context = any_cache
-    alone = context.logits(context.new_sequence(50), TOKENS[:50])
-    a, b = context.new_sequence(50), context.new_sequence(50)
+    alone = context.logits(context.new_sequence(), TOKENS[:50])
+    a, b = context.new_sequence(), context.new_sequence()
     for i in range(49):
         context.prefill([a, b], [[TOKENS[i]], [TOKENS[-i]]])
     assert np.array_equal(context.logits(a, [TOKENS[49]])[0], alone[49])
@@ -82,9 +82,9 @@ def test_sequences_do_not_see_each_other(any_cache: _native.Context) -> None:
 
 def test_step_samples_each_sequence(context: _native.Context) -> None:
     expected = [
-        int(context.logits(context.new_sequence(9), part)[-1].argmax()) for part in (TOKENS[:9], TOKENS[9:12])
+        int(context.logits(context.new_sequence(), part)[-1].argmax()) for part in (TOKENS[:9], TOKENS[9:12])
     ]
-    a, b = context.new_sequence(9), context.new_sequence(9)
+    a, b = context.new_sequence(), context.new_sequence()
     samplers = [_native.Sampler(**GREEDY), _native.Sampler(**GREEDY)]
     assert context.step([a, b], [TOKENS[:9], TOKENS[9:12]], samplers) == expected
     assert (context.length(a), context.length(b)) == (9, 3)
@@ -97,11 +97,11 @@ def test_long_contexts_alone_and_together(any_cache: _native.Context) -> None:
     lengths = (1300, 1030, 500)
     alone = []
     for length in lengths:
-        sequence = context.new_sequence(length)
+        sequence = context.new_sequence()
         for i in range(0, length - 1, 128):
             context.prefill([sequence], [tokens[i : min(i + 128, length - 1)]])
         alone.append(context.logits(sequence, [tokens[length - 1]])[0])
-    together = [context.new_sequence(length) for length in lengths]
+    together = [context.new_sequence() for length in lengths]
     for sequence, length in zip(together, lengths, strict=True):
         for i in range(0, length - 3, 37):
             context.prefill([sequence], [tokens[i : min(i + 37, length - 3)]])
@@ -111,51 +111,36 @@ def test_long_contexts_alone_and_together(any_cache: _native.Context) -> None:
 
 
 def test_truncate_and_go_on(context: _native.Context) -> None:
-    whole = context.logits(context.new_sequence(100), TOKENS)
-    sequence = context.new_sequence(100)
+    whole = context.logits(context.new_sequence(), TOKENS)
+    sequence = context.new_sequence()
     context.logits(sequence, TOKENS[:40] + TOKENS[:30])
     context.truncate(sequence, 40)
     assert np.array_equal(context.logits(sequence, TOKENS[40:]), whole[40:])
 
 
-def test_reserve(context: _native.Context) -> None:
-    whole = context.logits(context.new_sequence(100), TOKENS)
-    sequence = context.new_sequence(0)
-    for n_tokens in (100, 10, -1):  # less than it has reserved: nothing to do
-        context.reserve(sequence, n_tokens)
-    assert context.length(sequence) == 0
-    assert np.array_equal(context.logits(sequence, TOKENS), whole)
-    with pytest.raises(OptionError, match="a sequence of 201 tokens, expected at most the context of 200"):
-        context.reserve(sequence, 201)
-    with pytest.raises(OptionError, match="sequence 99 does not exist"):
-        context.reserve(99, 1)
-
-
 def test_freed_blocks_are_used_again(context: _native.Context) -> None:
-    whole = context.logits(context.new_sequence(100), TOKENS)
+    whole = context.logits(context.new_sequence(), TOKENS)
     for _ in range(5):
-        sequence = context.new_sequence(150)
+        sequence = context.new_sequence()
         context.prefill([sequence], [TOKENS[::-1]])
         context.free_sequence(sequence)
         with pytest.raises(OptionError, match=f"sequence {sequence} does not exist"):
             context.length(sequence)
-    assert np.array_equal(context.logits(context.new_sequence(100), TOKENS), whole)
+    assert np.array_equal(context.logits(context.new_sequence(), TOKENS), whole)
 
 
 def test_past_the_context(model: _native.Model) -> None:
     context = make(model, n_ctx=10)
-    with pytest.raises(OptionError, match="a sequence of 11 tokens, expected at most the context of 10"):
-        context.new_sequence(11)
-    sequence = context.new_sequence(5)
+    sequence = context.new_sequence()
     context.prefill([sequence], [TOKENS[:8]])
-    with pytest.raises(OptionError, match="expected at most the context of 10"):
+    with pytest.raises(OptionError, match="a sequence of 11 tokens, expected at most the context of 10"):
         context.prefill([sequence], [TOKENS[:3]])
     assert context.length(sequence) == 8
     context.prefill([sequence], [TOKENS[:2]])
 
 
 def test_bad_batches(context: _native.Context) -> None:
-    sequence = context.new_sequence(10)
+    sequence = context.new_sequence()
     cases: list[tuple[list[int], list[list[int]], str]] = [
         ([sequence], [[N_VOCAB]], f"token {N_VOCAB}, expected 0 to {N_VOCAB - 1}"),
         ([sequence], [[-1]], "token -1, expected 0 to"),
@@ -229,5 +214,5 @@ def test_how_many_threads_does_not_matter(model: _native.Model) -> None:
     one, three = make(model, n_threads=1), make(model, n_threads=3)
     assert "1 thread)" in one.device
     assert "3 threads)" in three.device
-    found = [context.logits(context.new_sequence(100), TOKENS) for context in (one, three)]
+    found = [context.logits(context.new_sequence(), TOKENS) for context in (one, three)]
     assert np.array_equal(*found)

@@ -61,7 +61,7 @@ def logits(isa: str, kv_type: str, monkeypatch: pytest.MonkeyPatch) -> NDArray[n
     model = _native.Model(str(demo_path()))
     context = _native.Context(model, device="cpu", n_ctx=128, n_threads=2, kv_type=kv_type, precision="f32")
     assert isa in context.device
-    sequence = context.new_sequence(24)
+    sequence = context.new_sequence()
     tokens = np.random.default_rng(0).integers(model.n_vocab, size=24).tolist()
     parts = [tokens[:14], *([token] for token in tokens[14:])]
     return np.concatenate([context.logits(sequence, part) for part in parts]).astype(np.float64)

@@ -83,7 +83,7 @@ def context(**options: Any) -> _native.Context:
 
 def greedy(context: _native.Context, prompts: list[list[int]], n_steps: int = 4) -> list[list[int]]:
     """The tokens that a batch of prompts goes on with."""
-    sequences = [context.new_sequence(64) for _ in prompts]
+    sequences = [context.new_sequence() for _ in prompts]
     for sequence, prompt in zip(sequences, prompts, strict=True):
         if len(prompt) > 1:
             context.prefill([sequence], [prompt[:-1]])
@@ -97,7 +97,7 @@ def greedy(context: _native.Context, prompts: list[list[int]], n_steps: int = 4)
 
 
 def logits(context: _native.Context) -> NDArray[np.float32]:
-    return context.logits(context.new_sequence(64), list(range(5, 45)))
+    return context.logits(context.new_sequence(), list(range(5, 45)))
 
 
 def devices(context: _native.Context) -> list[str]:
@@ -151,7 +151,7 @@ class TestOnTheCpuAndAGpu:
 
     def test_a_step_that_fails_leaves_no_part_of_it(self) -> None:
         both = context(gpu_layers=3)
-        sequence = both.new_sequence(8)
+        sequence = both.new_sequence()
         before = both.logits(sequence, [5, 6])
         with pytest.raises(OptionError):
             both.prefill([sequence], [[1] * 127])  # longer than the context

@@ -235,7 +235,7 @@ def extrapolated(
 def _run(context: _native.Context, test: SpeedTest, repetitions: int, n_vocab: int) -> list[float]:
     tokens = np.random.default_rng(0).integers(n_vocab, size=(test.n_sequences, test.n_tokens)).tolist()
     samplers = [_native.Sampler(**GREEDY) for _ in tokens]  # type: ignore[arg-type]
-    sequences = [context.new_sequence(test.n_tokens) for _ in tokens]
+    sequences = [context.new_sequence() for _ in tokens]
 
     def call(start: int, end: int) -> None:
         fed = [each[start:end] for each in tokens]

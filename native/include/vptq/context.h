@@ -22,6 +22,9 @@ struct ContextOptions {
   std::string kv_type = "f16";  // f16, f32, or q8_0: blocks of 32 int8 and an f16 scale
   // auto: prompts' tokens may go through the linear layers in 16-bit numbers, where that is faster; f32: never
   std::string precision = "auto";
+  // Most tokens of all sequences, at least n_ctx. 0: as many as three quarters of the memory hold that the weights
+  // leave, from one to 64 sequences of n_ctx. Memory is taken when it is needed.
+  int64_t kv_tokens = 0;
   std::function<void(int, int)> progress;  // called while loading: layers that are ready, and all
 };
 
@@ -44,14 +47,26 @@ class Context {
   std::string device() const;
   const std::string& why_not_cuda() const;  // why device "auto" has not put all layers on GPUs; else empty
   int n_ctx() const;
+  int n_layer() const;
   size_t available_memory() const;  // bytes that could still be allocated where the output is
   int n_batch() const;              // most tokens of one call, over all its sequences
 
-  int new_sequence(int n_tokens);  // with cache reserved for n_tokens tokens
+  // The KV cache's blocks of block_tokens() tokens have numbers from 0 to n_blocks() - 1. One may belong to several
+  // sequences, and be held; it is free when nobody uses it.
+  static int block_tokens();
+  int64_t n_blocks() const;  // becomes less where memory ends before
+  int64_t n_free_blocks() const;
+
+  // Begins with these blocks, shared with whoever else has them: full ones, in use or held.
+  int new_sequence(std::span<const int32_t> prefix = {});
   void free_sequence(int sequence);
-  void reserve(int sequence, int n_tokens);   // cache for n_tokens tokens in all
-  void truncate(int sequence, int n_tokens);  // forgets all but the first n_tokens, and what was reserved
-  int length(int sequence) const;
+  // Forgets all but the first n_tokens, and gives back the blocks behind them. Throws OptionError where a part of a
+  // block would be left that others use, too.
+  void truncate(int sequence, int n_tokens);
+  int length(int sequence) const;                       // without those of a batch under way
+  std::span<const int32_t> blocks(int sequence) const;  // in the order of its tokens, until the next call
+  void hold(std::span<const int32_t> blocks);           // one more user of each, which must be in use
+  void release(std::span<const int32_t> blocks);        // takes back as many hold()s
 
   // Appends; computes no logits. Each sequence at most once in a call.
   void prefill(std::span<const Feed> feeds);
