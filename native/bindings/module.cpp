@@ -1,7 +1,10 @@
 // The Python module vptq_runtime._native; vptq_runtime/_native.pyi documents it.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/filesystem.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
@@ -14,6 +17,7 @@
 #include "bindings/operations.h"
 #include "cpu/kernels.h"
 #include "cpu/machine.h"
+#include "sampling/philox.h"
 #include "vptq/context.h"
 #include "vptq/error.h"
 
@@ -24,6 +28,7 @@ namespace {
 using vptq::Context;
 using vptq::Model;
 using vptq::Sampler;
+using MaskIn = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using LogitsIn = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using LogitsOut = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 
@@ -116,6 +121,13 @@ using Tokens = std::vector<int32_t>;
 
 Tokens to_vector(std::span<const int32_t> tokens) { return {tokens.begin(), tokens.end()}; }
 
+int32_t sample(Sampler& sampler, const LogitsIn& logits, const std::optional<MaskIn>& mask) {
+  const std::span<const float> all(logits.data(), logits.size());
+  if (!mask) return sampler.sample(all);
+  if (mask->size() == 0) throw vptq::OptionError("mask: found no words, expected a bit for each token");
+  return sampler.sample(all, {mask->data(), mask->size()});
+}
+
 int32_t sample_candidates(Sampler& sampler, const Tokens& tokens, const std::vector<float>& logits) {
   if (tokens.size() != logits.size()) throw vptq::OptionError("expected as many logits as tokens");
   std::vector<vptq::Candidate> candidates;
@@ -183,18 +195,37 @@ NB_MODULE(_native, m) {
   nb::class_<Sampler>(m, "Sampler")
       .def(
           "__init__",
-          [](Sampler* self, float temperature, int top_k, float top_p, float min_p, float repeat_penalty,
-             uint64_t seed) { new (self) Sampler({temperature, top_k, top_p, min_p, repeat_penalty, seed}); },
+          [](Sampler* self, float temperature, int top_k, float top_p, float min_p, float repeat_penalty, uint64_t seed,
+             double presence_penalty, double frequency_penalty, const std::map<int32_t, double>& logit_bias,
+             int64_t min_tokens, Tokens end_tokens) {
+            new (self) Sampler({temperature,
+                                top_k,
+                                top_p,
+                                min_p,
+                                repeat_penalty,
+                                seed,
+                                presence_penalty,
+                                frequency_penalty,
+                                {logit_bias.begin(), logit_bias.end()},
+                                min_tokens,
+                                std::move(end_tokens)});
+          },
           nb::kw_only(), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"), nb::arg("min_p"),
-          nb::arg("repeat_penalty"), nb::arg("seed"))
+          nb::arg("repeat_penalty"), nb::arg("seed"), nb::arg("presence_penalty") = 0.0,
+          nb::arg("frequency_penalty") = 0.0, nb::arg("logit_bias") = std::map<int32_t, double>(),
+          nb::arg("min_tokens") = 0, nb::arg("end_tokens") = Tokens())
       .def(
-          "accept", [](Sampler& self, const Tokens& tokens) { self.accept(tokens); }, nb::arg("tokens"))
-      .def(
-          "sample", [](Sampler& self, const LogitsIn& logits) { return self.sample({logits.data(), logits.size()}); },
-          nb::arg("logits"))
+          "accept", [](Sampler& self, const Tokens& tokens, bool generated) { self.accept(tokens, generated); },
+          nb::arg("tokens"), nb::arg("generated") = false)
+      .def("sample", sample, nb::arg("logits"), nb::arg("mask") = nb::none())
       .def("sample_candidates", sample_candidates, nb::arg("tokens"), nb::arg("logits"))
-      .def_prop_ro("n_candidates", &Sampler::n_candidates)
-      .def_prop_ro("penalised_tokens", [](const Sampler& self) { return to_vector(self.penalised_tokens()); });
+      .def_prop_ro("n_generated", [](const Sampler& self) { return self.history().n_generated; })
+      .def_prop_ro("n_candidates", [](const Sampler& self) { return self.n_candidates(); })
+      .def_prop_ro("adjusted_tokens", [](const Sampler& self) {
+        Tokens out;
+        self.adjusted_tokens(out);
+        return out;
+      });
 
   nb::class_<Context>(m, "Context")
       .def(
@@ -251,6 +282,7 @@ NB_MODULE(_native, m) {
       .def_prop_ro("available_memory", &vptq::Backend::available_memory)
       .def("copy_bandwidth", &vptq::Backend::copy_bandwidth, no_gil);
 
+  m.def("philox", vptq::philox, nb::arg("counter"), nb::arg("key"));
   m.def("cpu_isas", vptq::cpu::available_isas);
   m.def("physical_cores", vptq::cpu::physical_cores);
   m.def("available_memory", vptq::cpu::available_memory);

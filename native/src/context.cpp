@@ -179,7 +179,8 @@ struct Context::State {
       // One of two sequences: what it will penalise in the second depends on what it draws in the first.
       if (std::find(samplers.begin(), sampler, *sampler) != sampler) return false;
       n_largest = std::max(n_largest, n);
-      n_tokens = std::max(n_tokens, (*sampler)->penalised_tokens().size());
+      (*sampler)->adjusted_tokens(adjusted);
+      n_tokens = std::max(n_tokens, adjusted.size());
     }
     const int n_vocab = model->hyperparameters().n_vocab;
     top.n_vocab = n_vocab;
@@ -187,9 +188,9 @@ struct Context::State {
     top.n_tokens = static_cast<int>(n_tokens);
     top.tokens.assign(samplers.size() * n_tokens, 0);  // where there are fewer, that of token 0 does no harm
     for (size_t i = 0; i < samplers.size(); ++i) {
-      const std::span<const int32_t> tokens = samplers[i]->penalised_tokens();
+      samplers[i]->adjusted_tokens(adjusted);
       std::replace_copy_if(
-          tokens.begin(), tokens.end(), top.tokens.begin() + row[i] * n_tokens,
+          adjusted.begin(), adjusted.end(), top.tokens.begin() + row[i] * n_tokens,
           [&](int32_t token) { return token < 0 || token >= n_vocab; }, 0);
     }
     return true;
@@ -211,6 +212,7 @@ struct Context::State {
   std::vector<size_t> row;         // each feed's place in the batch, prompts first
   size_t n_appended = 0;           // feeds
   std::vector<float> step_logits;  // (n_sequences, n_vocab)
+  std::vector<int32_t> adjusted;   // tokens of a sampler's
   TopLogits top{};                 // of a step, where these are all that is needed
 };
 
