@@ -317,10 +317,13 @@ class Runtime:
                 opened.append(self._kept.new(context, len(prompt)))
             for start in range(0, first, self._n_batch):
                 with self._native() as context:
-                    context.prefill(opened, [prompt[start : min(start + self._n_batch, first)]])
+                    context.forward(
+                        opened, [prompt[start : min(start + self._n_batch, first)]], [True], ["none"]
+                    )
             for start in range(first, len(prompt), self._n_batch):
                 with self._native() as context:
-                    logits = context.logits(opened[0], prompt[start : start + self._n_batch])
+                    context.forward(opened, [prompt[start : start + self._n_batch]], [True], ["all"])
+                    logits = context.logits(0)
                 yield logits
         finally:
             self._free(opened)
@@ -390,7 +393,7 @@ class Runtime:
         last = (len(prompt) - 1) // self._n_batch * self._n_batch
         for start in range(0, last, self._n_batch):
             with self._native() as context:
-                context.prefill([sequence.id], [prompt[start : start + self._n_batch]])
+                context.forward([sequence.id], [prompt[start : start + self._n_batch]], [True], ["none"])
         return prompt[last:]
 
     def _step(self, sequences: list[DecodingSequence], feeds: list[list[int]]) -> list[int]:
@@ -402,13 +405,15 @@ class Runtime:
             if end < len(sequences) and n_tokens + len(feeds[end]) <= self._n_batch:
                 continue
             batch = sequences[first:end]
+            samplers = [sequence.sampler for sequence in batch]
             with self._native() as context:
-                sampled += context.step(
+                context.forward(
                     [sequence.id for sequence in batch],
                     feeds[first:end],
-                    [sequence.sampler for sequence in batch],
                     [not sequence.tokens for sequence in batch],
+                    samplers=samplers,
                 )
+                sampled += [token for (token,) in context.sample(samplers)]
             first, n_tokens = end, 0
         return sampled
 

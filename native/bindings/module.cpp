@@ -5,6 +5,7 @@
 #include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
@@ -29,6 +30,7 @@ using vptq::Context;
 using vptq::Model;
 using vptq::Sampler;
 using MaskIn = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using MasksIn = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using LogitsIn = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using LogitsOut = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 
@@ -135,37 +137,77 @@ int32_t sample_candidates(Sampler& sampler, const Tokens& tokens, const std::vec
   return sampler.sample(candidates);
 }
 
-std::vector<vptq::Feed> feeds(const std::vector<int>& sequences, const std::vector<Tokens>& tokens) {
-  if (sequences.size() != tokens.size())
-    throw vptq::OptionError(std::to_string(tokens.size()) +
-                            " token lists, expected one a sequence: " + std::to_string(sequences.size()));
+// One list for each sequence, or none.
+void expect_for_each(size_t n, const std::vector<int>& sequences, const char* what) {
+  if (n != sequences.size())
+    throw vptq::OptionError(std::to_string(n) + " " + what +
+                            ", expected one a sequence: " + std::to_string(sequences.size()));
+}
+
+vptq::Want want(const std::string& name, size_t i) {
+  for (const auto& [known, want] :
+       {std::pair{"none", vptq::Want::none}, {"last", vptq::Want::last}, {"all", vptq::Want::all}})
+    if (name == known) return want;
+  throw vptq::OptionError("wants[" + std::to_string(i) + "]: found '" + name + "', expected none, last or all");
+}
+
+std::vector<vptq::Feed> feeds(const std::vector<int>& sequences, const std::vector<Tokens>& tokens,
+                              const std::vector<bool>& prompts, const std::vector<std::string>& wants,
+                              const std::vector<Sampler*>& samplers) {
+  expect_for_each(tokens.size(), sequences, "token lists");
+  if (!prompts.empty()) expect_for_each(prompts.size(), sequences, "prompts");
+  if (!wants.empty()) expect_for_each(wants.size(), sequences, "wants");
+  if (!samplers.empty()) expect_for_each(samplers.size(), sequences, "samplers");
   std::vector<vptq::Feed> out;
-  for (size_t i = 0; i < sequences.size(); ++i) out.push_back({sequences[i], tokens[i]});
+  for (size_t i = 0; i < sequences.size(); ++i)
+    out.push_back({.sequence = sequences[i],
+                   .tokens = tokens[i],
+                   .prompt = !prompts.empty() && prompts[i],
+                   .want = wants.empty() ? vptq::Want::last : want(wants[i], i),
+                   .sampler = samplers.empty() ? nullptr : samplers[i]});
   return out;
 }
 
-std::vector<int32_t> step(Context& context, const std::vector<int>& sequences, const std::vector<Tokens>& tokens,
-                          const std::vector<Sampler*>& samplers, const std::vector<bool>& prompts) {
-  std::vector<vptq::Feed> steps = feeds(sequences, tokens);
-  if (!prompts.empty() && prompts.size() != steps.size())
-    throw vptq::OptionError(std::to_string(prompts.size()) +
-                            " prompts, expected one flag a sequence: " + std::to_string(steps.size()));
-  for (size_t i = 0; i < steps.size(); ++i) steps[i].prompt = !prompts.empty() && prompts[i];
-  std::vector<int32_t> out(sequences.size());
-  context.step(steps, samplers, out.data());
+void forward(Context& context, const std::vector<int>& sequences, const std::vector<Tokens>& tokens,
+             const std::vector<bool>& prompts, const std::vector<std::string>& wants,
+             const std::vector<Sampler*>& samplers) {
+  context.forward(feeds(sequences, tokens, prompts, wants, samplers));
+}
+
+std::vector<Tokens> sample_feeds(Context& context, const std::vector<Sampler*>& samplers,
+                                 const std::vector<std::optional<MasksIn>>& masks) {
+  const size_t n_words = (size_t(context.model().hyperparameters().n_vocab) + 31) / 32;
+  std::vector<std::span<const int32_t>> spans;
+  for (size_t i = 0; i < masks.size(); ++i) {
+    spans.emplace_back();
+    if (!masks[i]) continue;
+    if (masks[i]->size() == 0 || masks[i]->shape(1) != n_words)
+      throw vptq::OptionError("masks[" + std::to_string(i) + "]: found shape (" + std::to_string(masks[i]->shape(0)) +
+                              ", " + std::to_string(masks[i]->shape(1)) + "), expected (wanted tokens, " +
+                              std::to_string(n_words) + ")");
+    spans.back() = {masks[i]->data(), masks[i]->size()};
+  }
+  std::vector<Tokens> out;
+  context.sample(samplers, spans, out);
   return out;
 }
 
-void prefill(Context& context, const std::vector<int>& sequences, const std::vector<Tokens>& tokens) {
-  context.prefill(feeds(sequences, tokens));
+std::pair<std::vector<double>, std::vector<std::vector<std::pair<int32_t, double>>>> log_probs(const Context& context,
+                                                                                               int feed,
+                                                                                               const Tokens& tokens,
+                                                                                               int n_top) {
+  vptq::LogProbs out = context.log_probs(feed, tokens, n_top);
+  return {std::move(out.tokens), std::move(out.top)};
 }
 
-LogitsOut logits(Context& context, int sequence, const Tokens& tokens) {
-  const size_t n_vocab = context.model().hyperparameters().n_vocab;
-  LogitsOut out = vptq::bindings::new_array(tokens.size(), n_vocab);
-  const nb::gil_scoped_release release;
-  context.logits({sequence, tokens}, out.data());
-  return out;
+LogitsOut logits(const Context& context, int feed) {
+  auto logits = std::make_unique<vptq::Logits>(context.logits(feed));
+  const auto n_vocab = size_t(context.model().hyperparameters().n_vocab);
+  float* data = logits->data.get();
+  const size_t n = logits->n;
+  const nb::capsule owner(logits.get(), [](void* p) noexcept { delete static_cast<vptq::Logits*>(p); });
+  logits.release();
+  return LogitsOut(data, {n, n_vocab}, owner);
 }
 
 }  // namespace
@@ -267,10 +309,11 @@ NB_MODULE(_native, m) {
           "hold", [](Context& self, const Tokens& blocks) { self.hold(blocks); }, nb::arg("blocks"))
       .def(
           "release", [](Context& self, const Tokens& blocks) { self.release(blocks); }, nb::arg("blocks"))
-      .def("prefill", prefill, nb::arg("sequences"), nb::arg("tokens"), no_gil)
-      .def("step", step, nb::arg("sequences"), nb::arg("tokens"), nb::arg("samplers"),
-           nb::arg("prompts") = std::vector<bool>(), no_gil)
-      .def("logits", logits, nb::arg("sequence"), nb::arg("tokens"));
+      .def("forward", forward, nb::arg("sequences"), nb::arg("tokens"), nb::arg("prompts") = nb::tuple(),
+           nb::arg("wants") = nb::tuple(), nb::arg("samplers") = nb::tuple(), no_gil)
+      .def("sample", sample_feeds, nb::arg("samplers"), nb::arg("masks") = nb::tuple(), no_gil)
+      .def("log_probs", log_probs, nb::arg("feed"), nb::arg("tokens"), nb::arg("n_top"), no_gil)
+      .def("logits", logits, nb::arg("feed"));
 
   nb::class_<vptq::Backend>(m, "Gpu")
       .def(nb::new_([] {

@@ -30,17 +30,20 @@ long allocations_of(const std::shared_ptr<const vptq::Model>& model, int n_seque
   std::vector<vptq::Sampler> samplers(n_sequences, vptq::Sampler({.repeat_penalty = 1.1f, .seed = 1}));
   std::vector<vptq::Sampler*> pointers;
   std::vector<int32_t> tokens(n_sequences, 1);
+  std::vector<std::vector<int32_t>> next;
   std::vector<vptq::Feed> feeds;
   for (int s = 0; s < n_sequences; ++s) {
     pointers.push_back(&samplers[s]);
-    feeds.push_back({context.new_sequence(), {&tokens[s], 1}});
+    feeds.push_back({.sequence = context.new_sequence(), .tokens = {&tokens[s], 1}, .sampler = &samplers[s]});
   }
   long before = 0;
   for (int step = 0; step < 2 * kContext; ++step) {
     if (step == kContext)
       for (const vptq::Feed& feed : feeds) context.truncate(feed.sequence, 0);
     if (step == 2 * kContext - 100) before = allocations;
-    context.step(feeds, pointers, tokens.data());
+    context.forward(feeds);
+    context.sample(pointers, {}, next);
+    for (int s = 0; s < n_sequences; ++s) tokens[s] = next[s][0];
   }
   return allocations - before;
 }

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from feeding import all_logits
 from layer_tensors import DTYPES
 from numpy.typing import NDArray
 
@@ -64,7 +65,7 @@ def logits(isa: str, kv_type: str, monkeypatch: pytest.MonkeyPatch) -> NDArray[n
     sequence = context.new_sequence()
     tokens = np.random.default_rng(0).integers(model.n_vocab, size=24).tolist()
     parts = [tokens[:14], *([token] for token in tokens[14:])]
-    return np.concatenate([context.logits(sequence, part) for part in parts]).astype(np.float64)
+    return np.concatenate([all_logits(context, sequence, part) for part in parts]).astype(np.float64)
 
 
 @pytest.mark.parametrize(("kv_type", "bound"), [("f32", 1e-5), ("f16", 1e-3)])

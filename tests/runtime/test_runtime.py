@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from configurations import BOS, EOS_IDS, VOCAB_SIZE
 from converted import keys
+from feeding import prefill
 
 from vptq_runtime import (
     FileError,
@@ -430,7 +431,7 @@ def test_the_gil_is_released(runtime: Runtime) -> None:
         before = ticks
         for _ in range(1000):  # a call is short: on a busy machine the other thread may miss many of them
             context.truncate(sequence, 0)
-            context.prefill([sequence], [prompt])
+            prefill(context, [sequence], [prompt])
             during = ticks - before
             if during:
                 break

@@ -5,6 +5,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "vptq/model.h"
@@ -28,12 +29,26 @@ struct ContextOptions {
   std::function<void(int, int)> progress;  // called while loading: layers that are ready, and all
 };
 
-// Tokens to append to a sequence. What precision "auto" computes them in, `prompt` says, and nothing else: neither how
-// a prompt is cut into feeds nor what else is in the batch.
+enum class Want { none, last, all };  // whose logits of a feed's tokens
+
+// Tokens to append to a sequence, at least one. What precision "auto" computes them in, `prompt` says, and nothing
+// else: neither how a prompt is cut into feeds nor what else is in the batch.
 struct Feed {
   int sequence;
   std::span<const int32_t> tokens;
-  bool prompt = true;  // they are part of a prompt; false: generated
+  bool prompt = false;  // they are part of a prompt; false: generated
+  Want want = Want::last;
+  const Sampler* sampler = nullptr;  // who will draw from the logits
+};
+
+struct LogProbs {
+  std::vector<double> tokens;
+  std::vector<std::vector<std::pair<int32_t, double>>> top;  // of each token's rivals the likeliest
+};
+
+struct Logits {
+  std::shared_ptr<float[]> data;  // (n, n_vocab)
+  size_t n;
 };
 
 // Not thread-safe: one call at a time.
@@ -68,12 +83,24 @@ class Context {
   void hold(std::span<const int32_t> blocks);           // one more user of each, which must be in use
   void release(std::span<const int32_t> blocks);        // takes back as many hold()s
 
-  // Appends; computes no logits. Each sequence at most once in a call.
-  void prefill(std::span<const Feed> feeds);
-  // Appends, as one batch, and puts each sequence's next token, sampled and not appended, into out (feeds).
-  void step(std::span<const Feed> feeds, std::span<Sampler* const> samplers, int32_t* out);
-  // Appends; puts the logits of every token into out (n_tokens, n_vocab).
-  void logits(const Feed& feed, float* out);
+  // Appends, as one batch; each sequence at most once. Where every feed with wanted logits has a sampler, a GPU brings
+  // only what these need, and log_probs(), logits() and masks are not to be asked for. An error leaves all sequences as
+  // they were. Throws OptionError, OutOfMemoryError, FileError (logits that are not finite), DeviceError.
+  void forward(std::span<const Feed> feeds);
+
+  // Of the batch that came to its end last:
+
+  // Each feed's next tokens, none without a sampler: drawn from the logits of its first wanted token on, as long as the
+  // token drawn is the next one of the feed. So of drafts those that were right are drawn again from their own logits.
+  // masks: none, or one a feed, (wanted tokens, ceil(n_vocab / 32)) as Sampler::sample has them, or empty.
+  // An error leaves all samplers as they were. Throws OptionError.
+  void sample(std::span<Sampler* const> samplers, std::span<const std::span<const int32_t>> masks,
+              std::vector<std::vector<int32_t>>& out);
+  // Log-softmax of tokens[i] at the feed's i-th wanted token, and there the n_top (0 to 64) likeliest tokens, likeliest
+  // first, of equal ones the lower token first. In float64, of the logits as the model gives them. Throws OptionError.
+  LogProbs log_probs(int feed, std::span<const int32_t> tokens, int n_top) const;
+  // (wanted tokens, n_vocab); the context's own until the next batch comes to its end. Throws OptionError.
+  Logits logits(int feed) const;
 
  private:
   struct State;
