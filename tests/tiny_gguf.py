@@ -1,4 +1,4 @@
-"""A one-layer model as a GGUF file, to be changed and damaged at will."""
+"""A tiny model as a GGUF file, to be changed and damaged at will."""
 
 from pathlib import Path
 from typing import Any
@@ -34,18 +34,25 @@ LINEAR = {
 }
 
 
-def tensors() -> dict[str, np.ndarray]:
-    """A one-layer model; ffn_down is VPTQ (v = 4, k = 16), the rest is dense."""
+def tensors(n_layer: int = 1, n_vocab: int = N_VOCAB) -> dict[str, np.ndarray]:
+    """A model whose ffn_down is VPTQ (v = 4, k = 16), the rest is dense."""
     rng = np.random.default_rng(0)
-    out = {"token_embd.weight": rng.normal(size=(N_VOCAB, N_EMBD)).astype(np.float16)}
-    out |= {name: np.ones(N_EMBD, np.float32) for name in ("output_norm.weight", "blk.0.attn_norm.weight")}
-    out["blk.0.ffn_norm.weight"] = np.ones(N_EMBD, np.float32)
-    for name, shape in LINEAR.items():
-        out[f"blk.0.{name}.weight"] = rng.normal(size=shape).astype(np.float16)
-    del out["blk.0.ffn_down.weight"]
-    out["blk.0.ffn_down.vptq_indices"] = rng.integers(-(2**31), 2**31, size=(1, 8, 6), dtype=np.int32)
-    out["blk.0.ffn_down.vptq_centroids"] = rng.normal(size=(1, 16, 4)).astype(np.float16)
+    out = {"token_embd.weight": rng.normal(size=(n_vocab, N_EMBD)).astype(np.float16)}
+    out["output_norm.weight"] = np.ones(N_EMBD, np.float32)
+    for layer in range(n_layer):
+        blk = f"blk.{layer}"
+        out |= {f"{blk}.{name}.weight": np.ones(N_EMBD, np.float32) for name in ("attn_norm", "ffn_norm")}
+        for name, shape in LINEAR.items():
+            out[f"{blk}.{name}.weight"] = rng.normal(size=shape).astype(np.float16)
+        del out[f"{blk}.ffn_down.weight"]
+        out[f"{blk}.ffn_down.vptq_indices"] = rng.integers(-(2**31), 2**31, size=(1, 8, 6), dtype=np.int32)
+        out[f"{blk}.ffn_down.vptq_centroids"] = rng.normal(size=(1, 16, 4)).astype(np.float16)
     return out
+
+
+def write_tiny(path: Path, n_layer: int = 1, n_vocab: int = N_VOCAB) -> Path:
+    keys = KEYS | {"llama.block_count": n_layer, "llama.vocab_size": n_vocab}
+    return write(path, keys, tensors(n_layer, n_vocab))
 
 
 def write(path: Path, keys: dict[str, Any], arrays: dict[str, np.ndarray], arch: str = "llama") -> Path:

@@ -1,7 +1,7 @@
 """The native runtime. All methods release the GIL while they compute; errors are vptq_runtime.errors."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,9 @@ class Model:
 class Sampler:
     """Logits to token for one sequence.
 
-    Repeat penalty over the last 64 tokens, top-k, top-p, min-p, temperature, in this order.
+    First the logits are adjusted: repeat penalty, presence and frequency penalty, bias, bans (end tokens
+    while there are fewer than min_tokens, and what a mask does not allow), in this order. Then top-k, top-p,
+    min-p, temperature. What token number n is drawn with depends on the seed and n alone.
     """
 
     def __init__(
@@ -45,21 +47,52 @@ class Sampler:
         min_p: float,
         repeat_penalty: float,
         seed: int,
-    ) -> None: ...
-    def accept(self, tokens: Sequence[int]) -> None:
-        """Adds tokens (the prompt) to the history that the repeat penalty looks at."""
-    def sample(self, logits: NDArray[np.float32]) -> int:
-        """Draws a token from logits (n_vocab,) and adds it to the history."""
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] = {},
+        min_tokens: int = 0,
+        end_tokens: Sequence[int] = (),
+    ) -> None:
+        """temperature 0 is greedy; top_k 0, top_p 1, min_p 0, repeat_penalty 1 are off.
+
+        repeat_penalty: of the last 64 tokens, positive logits are divided by it, negative ones multiplied.
+        presence_penalty, frequency_penalty: logit -= presence * (count > 0) + frequency * count, with the
+            counts of generated tokens (OpenAI's API reference, "Frequency and presence penalties").
+        logit_bias: token -> what is added to its logit, any finite number; numbers that are no tokens are
+            ignored.
+        min_tokens: the end_tokens are banned until so many tokens have been generated.
+        """
+    def accept(self, tokens: Sequence[int], generated: bool = False) -> None:
+        """Adds tokens to the history: those of a prompt, for the repeat penalty, or generated ones.
+
+        Generated ones count for all penalties and for min_tokens, and each is one draw: with
+        accept(tokens so far, generated=True) a new Sampler goes on, bit for bit, where another one was.
+        """
+    def sample(self, logits: NDArray[np.float32], mask: NDArray[np.int32] | None = None) -> int:
+        """Draws a token from logits (n_vocab,) and adds it to the history as generated.
+
+        mask (ceil(n_vocab / 32),): bit t % 32 of word t // 32 says whether token t is allowed. Where it
+        allows only end tokens that min_tokens bans, they are not banned.
+        Raises OptionError where a logit is not finite, and where no token is left.
+        """
     def sample_candidates(self, tokens: Sequence[int], logits: Sequence[float]) -> int:
-        """The same token from a part of the logits: the n_candidates largest, and the penalised ones."""
+        """The same token from a part of the logits: the n_candidates largest, and the adjusted ones."""
+    @property
+    def n_generated(self) -> int:
+        """Tokens drawn, or accepted as generated: the number of the next draw."""
     @property
     def n_candidates(self) -> int:
         """0: all logits are needed."""
     @property
-    def penalised_tokens(self) -> list[int]: ...
+    def adjusted_tokens(self) -> list[int]:
+        """Whose logits are not used as they are; ascending, with numbers that are no tokens."""
 
 class Context:
-    """A model on a device with a KV cache shared by many sequences."""
+    """A model on a device with a KV cache shared by many sequences. One call at a time.
+
+    The cache's blocks have numbers from 0 to n_blocks - 1, and hold block_tokens tokens each. A block may
+    belong to several sequences, and be held; it is free when nobody uses it.
+    """
 
     def __init__(
         self,
@@ -71,11 +104,16 @@ class Context:
         n_threads: int,
         kv_type: str,
         precision: str = "auto",
+        kv_tokens: int = 0,
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
         """device: auto | cpu | cuda; gpu_layers: -1 for Runtime's None; n_ctx: most tokens of a sequence;
         n_threads: 0 for the physical cores; kv_type: f16 | f32 | q8_0; precision: auto | f32; progress: see
-        Runtime."""
+        Runtime.
+
+        kv_tokens: most tokens of all sequences, at least n_ctx. 0: as many as three quarters of the memory
+        hold that the weights leave, from one to 64 sequences of n_ctx. Memory is taken when it is needed.
+        """
     @property
     def device(self) -> str:
         """What it runs on, for people: `cpu (avx512, 2 threads)`."""
@@ -88,37 +126,102 @@ class Context:
     @property
     def n_ctx(self) -> int: ...
     @property
+    def n_layer(self) -> int:
+        """Layers of the model, for advance()."""
+    @property
     def n_batch(self) -> int:
-        """Most tokens that one call of prefill, step or logits may feed, over all its sequences."""
-    def new_sequence(self, n_tokens: int) -> int:
-        """A new, empty sequence with cache reserved for n_tokens tokens.
+        """Most tokens of one forward() or begin(), over all its sequences."""
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a block of the KV cache: 32."""
+    @property
+    def n_blocks(self) -> int:
+        """Most blocks of the KV cache. They become fewer where memory ends before."""
+    @property
+    def n_free_blocks(self) -> int:
+        """Of the n_blocks, those that nobody uses."""
+    def new_sequence(self, prefix: Sequence[int] = ()) -> int:
+        """A new sequence that begins with these blocks, shared with whoever else has them.
 
-        Raises OutOfMemoryError, OptionError.
+        Each block must be full, and in use by a sequence or held. Raises OptionError.
         """
     def free_sequence(self, sequence: int) -> None: ...
-    def reserve(self, sequence: int, n_tokens: int) -> None:
-        """Reserves cache for n_tokens tokens in all, those that it has included.
-
-        Raises OutOfMemoryError, OptionError.
-        """
     def truncate(self, sequence: int, n_tokens: int) -> None:
-        """Forgets all but the first n_tokens tokens, and gives back the cache that was reserved for more."""
-    def length(self, sequence: int) -> int: ...
-    def prefill(self, sequences: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
-        """Appends tokens[i] to sequences[i]; computes no logits."""
-    def step(
+        """Forgets all but the first n_tokens tokens, and gives back the blocks behind them.
+
+        Raises OptionError where a part would be left of a block that others use, too.
+        """
+    def length(self, sequence: int) -> int:
+        """Tokens; those of a batch under way do not count."""
+    def blocks(self, sequence: int) -> list[int]:
+        """In the order of its tokens; those of a batch under way included."""
+    def hold(self, blocks: Sequence[int]) -> None:
+        """One more user of each of these blocks, which must be in use."""
+    def release(self, blocks: Sequence[int]) -> None:
+        """Takes back as many hold()s of these blocks."""
+    def forward(
         self,
         sequences: Sequence[int],
         tokens: Sequence[Sequence[int]],
-        samplers: Sequence[Sampler],
         prompts: Sequence[bool] = (),
-    ) -> list[int]:
-        """Appends tokens[i] to sequences[i] as one batch and samples each one's next token (not appended).
+        wants: Sequence[Literal["none", "last", "all"]] = (),
+        samplers: Sequence[Sampler | None] = (),
+    ) -> None:
+        """Appends tokens[i] to sequences[i], each of them at least one token, as one batch.
 
         prompts[i]: tokens[i] are part of a prompt, not generated (precision "auto"); (): none are.
+        wants[i]: whose logits of tokens[i]; (): each one's last.
+        samplers[i]: who will draw from them. Where every feed with wanted logits has one, a GPU brings only
+            what these need, and logits(), log_probs() and masks are not to be asked for.
+
+        An error leaves all sequences as they were. Raises OptionError, OutOfMemoryError (no blocks, no
+        memory), FileError (logits that are not finite), DeviceError.
         """
-    def logits(self, sequence: int, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Appends tokens and returns logits (len(tokens), n_vocab)."""
+    def begin(
+        self,
+        sequences: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        prompts: Sequence[bool] = (),
+        wants: Sequence[Literal["none", "last", "all"]] = (),
+        samplers: Sequence[Sampler | None] = (),
+    ) -> None:
+        """The same, but computed by advance(), some layers at a time. At most one batch is under way.
+
+        forward() may come in between, with other sequences: those of the batch under way are busy, and
+        feeding, truncating or freeing one is an OptionError.
+        """
+    def advance(self, n_layers: int) -> bool:
+        """Computes so many more layers of the batch under way.
+
+        True: it has come to its end, as forward() does. An error abandons it.
+        """
+    def abandon(self) -> None:
+        """The batch under way never was. Without one nothing happens."""
+    def sample(
+        self, samplers: Sequence[Sampler | None], masks: Sequence[NDArray[np.int32] | None] = ()
+    ) -> list[list[int]]:
+        """Each feed's next tokens, of the batch that came to its end last; [] without a sampler.
+
+        They are drawn from the logits of the feed's first wanted token on, as long as the token drawn is the
+        next one of the feed: of [last, d1, d2, d3] with all logits wanted come one to four tokens, and drafts
+        that were right are drawn again from their own logits.
+
+        masks[i]: (wanted tokens of the feed, ceil(n_vocab / 32)), each row as Sampler.sample has it.
+        An error leaves all samplers as they were.
+        """
+    def log_probs(
+        self, feed: int, tokens: Sequence[int], n_top: int
+    ) -> tuple[list[float], list[list[tuple[int, float]]]]:
+        """Log-softmax of tokens[i] at the feed's i-th wanted token, of the batch that came to its end last.
+
+        And there the n_top (0 to 64) likeliest tokens, likeliest first, of equal ones the lower token first.
+        In float64, of the logits as the model gives them: without penalties and temperature.
+        """
+    def logits(self, feed: int) -> NDArray[np.float32]:
+        """(wanted tokens of the feed, n_vocab), of the batch that came to its end last.
+
+        The array shares its memory with the context until the next batch comes to its end.
+        """
 
 class Gpu:
     """The GPU that device "cuda" stands for, without a model. Raises UnsupportedError where there is none."""
@@ -202,6 +305,9 @@ def split_layers(
 
     An empty list where they do not fit. Sizes are bytes.
     """
+
+def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]:
+    """For tests: Philox4x32-10 (Salmon et al. 2011), four words of 32 bits from four and two."""
 
 def cpu_isas() -> list[str]:
     """Instruction sets that this build has and this processor can run, best first; the last is generic."""

@@ -1,7 +1,11 @@
 // The Python module vptq_runtime._native; vptq_runtime/_native.pyi documents it.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/filesystem.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
@@ -14,6 +18,7 @@
 #include "bindings/operations.h"
 #include "cpu/kernels.h"
 #include "cpu/machine.h"
+#include "sampling/philox.h"
 #include "vptq/context.h"
 #include "vptq/error.h"
 
@@ -24,6 +29,8 @@ namespace {
 using vptq::Context;
 using vptq::Model;
 using vptq::Sampler;
+using MaskIn = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using MasksIn = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using LogitsIn = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using LogitsOut = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 
@@ -114,6 +121,15 @@ LogitsOut dequantize(const Model& model, const std::string& name) {
 
 using Tokens = std::vector<int32_t>;
 
+Tokens to_vector(std::span<const int32_t> tokens) { return {tokens.begin(), tokens.end()}; }
+
+int32_t sample(Sampler& sampler, const LogitsIn& logits, const std::optional<MaskIn>& mask) {
+  const std::span<const float> all(logits.data(), logits.size());
+  if (!mask) return sampler.sample(all);
+  if (mask->size() == 0) throw vptq::OptionError("mask: found no words, expected a bit for each token");
+  return sampler.sample(all, {mask->data(), mask->size()});
+}
+
 int32_t sample_candidates(Sampler& sampler, const Tokens& tokens, const std::vector<float>& logits) {
   if (tokens.size() != logits.size()) throw vptq::OptionError("expected as many logits as tokens");
   std::vector<vptq::Candidate> candidates;
@@ -121,37 +137,77 @@ int32_t sample_candidates(Sampler& sampler, const Tokens& tokens, const std::vec
   return sampler.sample(candidates);
 }
 
-std::vector<vptq::Feed> feeds(const std::vector<int>& sequences, const std::vector<Tokens>& tokens) {
-  if (sequences.size() != tokens.size())
-    throw vptq::OptionError(std::to_string(tokens.size()) +
-                            " token lists, expected one a sequence: " + std::to_string(sequences.size()));
+// One list for each sequence, or none.
+void expect_for_each(size_t n, const std::vector<int>& sequences, const char* what) {
+  if (n != sequences.size())
+    throw vptq::OptionError(std::to_string(n) + " " + what +
+                            ", expected one a sequence: " + std::to_string(sequences.size()));
+}
+
+vptq::Want want(const std::string& name, size_t i) {
+  for (const auto& [known, want] :
+       {std::pair{"none", vptq::Want::none}, {"last", vptq::Want::last}, {"all", vptq::Want::all}})
+    if (name == known) return want;
+  throw vptq::OptionError("wants[" + std::to_string(i) + "]: found '" + name + "', expected none, last or all");
+}
+
+std::vector<vptq::Feed> feeds(const std::vector<int>& sequences, const std::vector<Tokens>& tokens,
+                              const std::vector<bool>& prompts, const std::vector<std::string>& wants,
+                              const std::vector<Sampler*>& samplers) {
+  expect_for_each(tokens.size(), sequences, "token lists");
+  if (!prompts.empty()) expect_for_each(prompts.size(), sequences, "prompts");
+  if (!wants.empty()) expect_for_each(wants.size(), sequences, "wants");
+  if (!samplers.empty()) expect_for_each(samplers.size(), sequences, "samplers");
   std::vector<vptq::Feed> out;
-  for (size_t i = 0; i < sequences.size(); ++i) out.push_back({sequences[i], tokens[i]});
+  for (size_t i = 0; i < sequences.size(); ++i)
+    out.push_back({.sequence = sequences[i],
+                   .tokens = tokens[i],
+                   .prompt = !prompts.empty() && prompts[i],
+                   .want = wants.empty() ? vptq::Want::last : want(wants[i], i),
+                   .sampler = samplers.empty() ? nullptr : samplers[i]});
   return out;
 }
 
-std::vector<int32_t> step(Context& context, const std::vector<int>& sequences, const std::vector<Tokens>& tokens,
-                          const std::vector<Sampler*>& samplers, const std::vector<bool>& prompts) {
-  std::vector<vptq::Feed> steps = feeds(sequences, tokens);
-  if (!prompts.empty() && prompts.size() != steps.size())
-    throw vptq::OptionError(std::to_string(prompts.size()) +
-                            " prompts, expected one flag a sequence: " + std::to_string(steps.size()));
-  for (size_t i = 0; i < steps.size(); ++i) steps[i].prompt = !prompts.empty() && prompts[i];
-  std::vector<int32_t> out(sequences.size());
-  context.step(steps, samplers, out.data());
+void forward(Context& context, const std::vector<int>& sequences, const std::vector<Tokens>& tokens,
+             const std::vector<bool>& prompts, const std::vector<std::string>& wants,
+             const std::vector<Sampler*>& samplers) {
+  context.forward(feeds(sequences, tokens, prompts, wants, samplers));
+}
+
+std::vector<Tokens> sample_feeds(Context& context, const std::vector<Sampler*>& samplers,
+                                 const std::vector<std::optional<MasksIn>>& masks) {
+  const size_t n_words = (size_t(context.model().hyperparameters().n_vocab) + 31) / 32;
+  std::vector<std::span<const int32_t>> spans;
+  for (size_t i = 0; i < masks.size(); ++i) {
+    spans.emplace_back();
+    if (!masks[i]) continue;
+    if (masks[i]->size() == 0 || masks[i]->shape(1) != n_words)
+      throw vptq::OptionError("masks[" + std::to_string(i) + "]: found shape (" + std::to_string(masks[i]->shape(0)) +
+                              ", " + std::to_string(masks[i]->shape(1)) + "), expected (wanted tokens, " +
+                              std::to_string(n_words) + ")");
+    spans.back() = {masks[i]->data(), masks[i]->size()};
+  }
+  std::vector<Tokens> out;
+  context.sample(samplers, spans, out);
   return out;
 }
 
-void prefill(Context& context, const std::vector<int>& sequences, const std::vector<Tokens>& tokens) {
-  context.prefill(feeds(sequences, tokens));
+std::pair<std::vector<double>, std::vector<std::vector<std::pair<int32_t, double>>>> log_probs(const Context& context,
+                                                                                               int feed,
+                                                                                               const Tokens& tokens,
+                                                                                               int n_top) {
+  vptq::LogProbs out = context.log_probs(feed, tokens, n_top);
+  return {std::move(out.tokens), std::move(out.top)};
 }
 
-LogitsOut logits(Context& context, int sequence, const Tokens& tokens) {
-  const size_t n_vocab = context.model().hyperparameters().n_vocab;
-  LogitsOut out = vptq::bindings::new_array(tokens.size(), n_vocab);
-  const nb::gil_scoped_release release;
-  context.logits({sequence, tokens}, out.data());
-  return out;
+LogitsOut logits(const Context& context, int feed) {
+  auto logits = std::make_unique<vptq::Logits>(context.logits(feed));
+  const auto n_vocab = size_t(context.model().hyperparameters().n_vocab);
+  float* data = logits->data.get();
+  const size_t n = logits->n;
+  const nb::capsule owner(logits.get(), [](void* p) noexcept { delete static_cast<vptq::Logits*>(p); });
+  logits.release();
+  return LogitsOut(data, {n, n_vocab}, owner);
 }
 
 }  // namespace
@@ -181,27 +237,45 @@ NB_MODULE(_native, m) {
   nb::class_<Sampler>(m, "Sampler")
       .def(
           "__init__",
-          [](Sampler* self, float temperature, int top_k, float top_p, float min_p, float repeat_penalty,
-             uint64_t seed) { new (self) Sampler({temperature, top_k, top_p, min_p, repeat_penalty, seed}); },
+          [](Sampler* self, float temperature, int top_k, float top_p, float min_p, float repeat_penalty, uint64_t seed,
+             double presence_penalty, double frequency_penalty, const std::map<int32_t, double>& logit_bias,
+             int64_t min_tokens, Tokens end_tokens) {
+            new (self) Sampler({temperature,
+                                top_k,
+                                top_p,
+                                min_p,
+                                repeat_penalty,
+                                seed,
+                                presence_penalty,
+                                frequency_penalty,
+                                {logit_bias.begin(), logit_bias.end()},
+                                min_tokens,
+                                std::move(end_tokens)});
+          },
           nb::kw_only(), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"), nb::arg("min_p"),
-          nb::arg("repeat_penalty"), nb::arg("seed"))
+          nb::arg("repeat_penalty"), nb::arg("seed"), nb::arg("presence_penalty") = 0.0,
+          nb::arg("frequency_penalty") = 0.0, nb::arg("logit_bias") = std::map<int32_t, double>(),
+          nb::arg("min_tokens") = 0, nb::arg("end_tokens") = Tokens())
       .def(
-          "accept", [](Sampler& self, const Tokens& tokens) { self.accept(tokens); }, nb::arg("tokens"))
-      .def(
-          "sample", [](Sampler& self, const LogitsIn& logits) { return self.sample({logits.data(), logits.size()}); },
-          nb::arg("logits"))
+          "accept", [](Sampler& self, const Tokens& tokens, bool generated) { self.accept(tokens, generated); },
+          nb::arg("tokens"), nb::arg("generated") = false)
+      .def("sample", sample, nb::arg("logits"), nb::arg("mask") = nb::none())
       .def("sample_candidates", sample_candidates, nb::arg("tokens"), nb::arg("logits"))
-      .def_prop_ro("n_candidates", &Sampler::n_candidates)
-      .def_prop_ro("penalised_tokens", [](const Sampler& self) {
-        return Tokens(self.penalised_tokens().begin(), self.penalised_tokens().end());
+      .def_prop_ro("n_generated", [](const Sampler& self) { return self.history().n_generated; })
+      .def_prop_ro("n_candidates", [](const Sampler& self) { return self.n_candidates(); })
+      .def_prop_ro("adjusted_tokens", [](const Sampler& self) {
+        Tokens out;
+        self.adjusted_tokens(out);
+        return out;
       });
 
   nb::class_<Context>(m, "Context")
       .def(
           "__init__",
           [](Context* self, std::shared_ptr<Model> model, const std::string& device, int gpu_layers, int n_ctx,
-             int n_threads, const std::string& kv_type, const std::string& precision, const nb::object& progress) {
-            vptq::ContextOptions options{device, gpu_layers, n_ctx, n_threads, kv_type, precision, {}};
+             int n_threads, const std::string& kv_type, const std::string& precision, int64_t kv_tokens,
+             const nb::object& progress) {
+            vptq::ContextOptions options{device, gpu_layers, n_ctx, n_threads, kv_type, precision, kv_tokens, {}};
             if (!progress.is_none())
               options.progress = [&](int done, int all) {
                 const nb::gil_scoped_acquire acquire;
@@ -211,21 +285,35 @@ NB_MODULE(_native, m) {
             new (self) Context(std::move(model), options);
           },
           nb::arg("model"), nb::kw_only(), nb::arg("device"), nb::arg("gpu_layers") = -1, nb::arg("n_ctx"),
-          nb::arg("n_threads"), nb::arg("kv_type"), nb::arg("precision") = "auto", nb::arg("progress") = nb::none())
+          nb::arg("n_threads"), nb::arg("kv_type"), nb::arg("precision") = "auto", nb::arg("kv_tokens") = 0,
+          nb::arg("progress") = nb::none())
       .def_prop_ro("device", &Context::device)
       .def_prop_ro("why_not_cuda", &Context::why_not_cuda)
       .def_prop_ro("available_memory", &Context::available_memory)
       .def_prop_ro("n_ctx", &Context::n_ctx)
+      .def_prop_ro("n_layer", &Context::n_layer)
       .def_prop_ro("n_batch", &Context::n_batch)
-      .def("new_sequence", &Context::new_sequence, nb::arg("n_tokens"), no_gil)
+      .def_prop_ro("block_tokens", [](const Context&) { return Context::block_tokens(); })
+      .def_prop_ro("n_blocks", &Context::n_blocks)
+      .def_prop_ro("n_free_blocks", &Context::n_free_blocks)
+      .def(
+          "new_sequence", [](Context& self, const Tokens& prefix) { return self.new_sequence(prefix); },
+          nb::arg("prefix") = Tokens())
       .def("free_sequence", &Context::free_sequence, nb::arg("sequence"))
-      .def("reserve", &Context::reserve, nb::arg("sequence"), nb::arg("n_tokens"), no_gil)
       .def("truncate", &Context::truncate, nb::arg("sequence"), nb::arg("n_tokens"))
       .def("length", &Context::length, nb::arg("sequence"))
-      .def("prefill", prefill, nb::arg("sequences"), nb::arg("tokens"), no_gil)
-      .def("step", step, nb::arg("sequences"), nb::arg("tokens"), nb::arg("samplers"),
-           nb::arg("prompts") = std::vector<bool>(), no_gil)
-      .def("logits", logits, nb::arg("sequence"), nb::arg("tokens"));
+      .def(
+          "blocks", [](const Context& self, int sequence) { return to_vector(self.blocks(sequence)); },
+          nb::arg("sequence"))
+      .def(
+          "hold", [](Context& self, const Tokens& blocks) { self.hold(blocks); }, nb::arg("blocks"))
+      .def(
+          "release", [](Context& self, const Tokens& blocks) { self.release(blocks); }, nb::arg("blocks"))
+      .def("forward", forward, nb::arg("sequences"), nb::arg("tokens"), nb::arg("prompts") = nb::tuple(),
+           nb::arg("wants") = nb::tuple(), nb::arg("samplers") = nb::tuple(), no_gil)
+      .def("sample", sample_feeds, nb::arg("samplers"), nb::arg("masks") = nb::tuple(), no_gil)
+      .def("log_probs", log_probs, nb::arg("feed"), nb::arg("tokens"), nb::arg("n_top"), no_gil)
+      .def("logits", logits, nb::arg("feed"));
 
   nb::class_<vptq::Backend>(m, "Gpu")
       .def(nb::new_([] {
@@ -237,6 +325,7 @@ NB_MODULE(_native, m) {
       .def_prop_ro("available_memory", &vptq::Backend::available_memory)
       .def("copy_bandwidth", &vptq::Backend::copy_bandwidth, no_gil);
 
+  m.def("philox", vptq::philox, nb::arg("counter"), nb::arg("key"));
   m.def("cpu_isas", vptq::cpu::available_isas);
   m.def("physical_cores", vptq::cpu::physical_cores);
   m.def("available_memory", vptq::cpu::available_memory);

@@ -235,16 +235,19 @@ class Operations {
                           : kv_type == "f32" ? DType::f32
                                              : DType::f16};
     expect(layout.type != DType::q8_0 || head_dim % kQ8Block == 0, "q8_0: expected head_dim a multiple of 32");
-    KvCache cache({{*backend_, layout}}, n_tokens);
-    const int id = cache.new_sequence(n_tokens), at_once = backend_->max_tokens();
+    KvCache cache({{*backend_, layout}}, n_tokens, KvLayout::blocks_for(n_tokens));
+    const int id = cache.new_sequence({}), at_once = backend_->max_tokens();
+    cache.reserve(id, n_tokens);
+    std::vector<std::byte*> blocks;
+    cache.append_memory(id, 0, blocks);
     const float *keys = arrays_.copy(k), *values = arrays_.copy(v), *queries = arrays_.copy(q);
     float* out = arrays_.make(q.size());
     for (int i = 0; i < n_tokens; i += at_once)
-      step(batch_of(cache.blocks(id, 0), i, std::min(at_once, n_tokens - i)), [&](const Batch& batch) {
+      step(batch_of(blocks, i, std::min(at_once, n_tokens - i)), [&](const Batch& batch) {
         backend_->store_kv(batch, layout, 1, keys + i * k.shape(1), values + i * k.shape(1));
       });
     for (int i = 0; i < n; i += at_once) {
-      Batch batch = batch_of(cache.blocks(id, 0), n_tokens - n + i, std::min(at_once, n - i));
+      Batch batch = batch_of(blocks, n_tokens - n + i, std::min(at_once, n - i));
       if (prompt) batch.n_prompt = batch.n();
       step(batch, [&](const Batch& batch) {
         backend_->attention(batch, layout, 1, n_head, window, queries + i * q.shape(1), out + i * q.shape(1));

@@ -5,6 +5,7 @@
 
 #include "kv_cache.h"
 #include "placement.h"
+#include "sampling/outputs.h"
 #include "transformer.h"
 #include "vptq/error.h"
 
@@ -20,24 +21,50 @@ DType kv_type_of(const std::string& name, int head_dim) {
   throw OptionError("kv_type: found '" + name + "', expected f16, f32 or q8_0");
 }
 
+constexpr int64_t kMostSequences = 64;   // of n_ctx tokens, that the KV cache has room for unless kv_tokens says so
+constexpr double kShareForCache = 0.75;  // of the memory that the weights leave
+constexpr size_t kKeptRows = 64;         // of logits, whose memory is kept for the next batch
+
+// Bytes of the weights of these layers in the file.
+size_t bytes_of(const Model& model, LayerRange layers) {
+  size_t bytes = layers.begin == 0 ? model.token_embd().bytes : 0;
+  for (int i = layers.begin; i < layers.end; ++i) bytes += model.layer_bytes(i);
+  if (layers.end == model.hyperparameters().n_layer) bytes += model.output_bytes();
+  return bytes;
+}
+
 }  // namespace
 
-struct Context::State {
-  enum class Want { none, last, all };  // whose logits
+// A batch on its way through the layers.
+struct Pass {
+  explicit Pass(int n_vocab) : outputs(n_vocab) {}
 
+  struct Fed {
+    int sequence, n_tokens;
+  };
+  std::vector<Fed> feeds;
+  Batch batch;               // but for the blocks, which each part has its own of
+  std::vector<Batch> parts;  // the same, with them
+  std::vector<float> x;      // (n, n_embd): the residual stream on its way from one part to the next
+  Outputs outputs;
+};
+
+struct Context::State {
   // Some of the layers, where they run.
   struct Part {
     std::unique_ptr<Backend> backend;
     bool rounded;  // prompts, to 16 bits
     Transformer transformer;
-    Batch batch;  // the one at hand, with this part's blocks of the cache
   };
 
   State(std::shared_ptr<const Model> m, const ContextOptions& options, const KvLayout& layout, Placement placement)
       : model(std::move(m)),
         n_ctx(options.n_ctx),
         why_not_cuda(std::move(placement.why_not_cuda)),
-        cache(cache_parts(placement, layout), n_ctx) {
+        cache(cache_parts(placement, layout), n_ctx,
+              KvLayout::blocks_for(options.kv_tokens ? options.kv_tokens : n_ctx)),
+        now(n_vocab()),
+        outputs(n_vocab()) {
     cache.check_memory(n_ctx);
     bool copied = false;
     for (auto& [backend, layers] : placement.parts) {
@@ -45,9 +72,10 @@ struct Context::State {
       copied |= backend->total_memory() > 0;
       n_batch = std::min(n_batch, backend->max_tokens());
       Transformer transformer(*model, layers, *backend, rounded, options.progress);
-      parts.push_back({std::move(backend), rounded, std::move(transformer), {}});
+      parts.push_back({std::move(backend), rounded, std::move(transformer)});
     }
     if (copied) model->file().drop_pages();
+    if (options.kv_tokens == 0) cache.allow(blocks_that_fit());
   }
 
   static std::vector<KvCache::Part> cache_parts(const Placement& placement, KvLayout layout) {
@@ -59,48 +87,51 @@ struct Context::State {
     return parts;
   }
 
-  // The feeds that fill_batch() has listed; their logits, or what `top` wants of them.
-  void forward(std::span<const Feed> feeds, std::span<float> logits, TopLogits* top = nullptr) {
-    lengths.clear();
-    for (const Feed& feed : feeds) lengths.push_back(cache.length(feed.sequence));
-    try {
-      extend(feeds);
-      run(logits, top);
-      if (!(top ? all_finite(top->found) : all_finite(logits)))
-        throw FileError(
-            model->file().path() +
-            ": the logits are not finite: some weights are NaN, infinite, or too large for float32, or some keys or "
-            "values for an f16 or q8_0 cache (option kv_type)");
-    } catch (...) {  // what was not computed is not there
-      for (size_t i = 0; i < feeds.size(); ++i)
-        if (cache.length(feeds[i].sequence) > lengths[i]) cache.truncate(feeds[i].sequence, lengths[i]);
-      throw;
+  // Blocks for one sequence of n_ctx tokens at least.
+  int64_t blocks_that_fit() const {
+    const int64_t least = KvLayout::blocks_for(n_ctx);
+    double blocks = double(kMostSequences * least);
+    for (size_t i = 0; i < parts.size(); ++i) {
+      double available = double(parts[i].backend->available_memory());
+      // The file's pages count as available, but will be wanted.
+      if (parts[i].backend->total_memory() == 0) available -= double(bytes_of(*model, parts[i].transformer.layers()));
+      blocks = std::min(blocks, kShareForCache * available / double(cache.layout(i).block_bytes()));
     }
+    return std::max(int64_t(blocks), least);
   }
 
-  // Checks the feeds against the model and lists their tokens, prompts first.
-  void fill_batch(std::span<const Feed> feeds, Want want) {
+  // Checks the feeds, lists their tokens, prompts first, and reserves blocks for them.
+  void start(Pass& pass, std::span<const Feed> feeds) {
+    check(feeds);
+    Batch& batch = pass.batch;
+    pass.feeds.clear();
     batch.tokens.clear();
     batch.positions.clear();
     batch.sequences.clear();
     batch.outputs.clear();
-    row.resize(feeds.size());
-    n_appended = 0;
-    check(feeds);
+    pass.outputs.start(feeds.size());
+    for (const Feed& feed : feeds) pass.feeds.push_back({feed.sequence, static_cast<int>(feed.tokens.size())});
     for (const bool prompt : {true, false}) {
-      for (size_t s = 0; s < feeds.size(); ++s)
-        if (feeds[s].prompt == prompt) append(feeds[s], s, want);
+      for (size_t i = 0; i < feeds.size(); ++i)
+        if (feeds[i].prompt == prompt) append(pass, feeds[i], i);
       if (prompt) batch.n_prompt = batch.n();
+    }
+    pass.outputs.ask(feeds, parts.back().backend->max_top_logits());
+    try {
+      reserve(pass);
+    } catch (...) {
+      give_back(pass);
+      throw;
     }
   }
 
   void check(std::span<const Feed> feeds) const {
-    const int n_vocab = model->hyperparameters().n_vocab;
+    if (feeds.empty()) throw OptionError("a batch of no sequences, expected at least one");
     size_t n = 0;
-    for (size_t s = 0; s < feeds.size(); ++s) {
-      const Feed& feed = feeds[s];
-      cache.length(feed.sequence);  // it exists
-      for (size_t other = 0; other < s; ++other)
+    for (size_t i = 0; i < feeds.size(); ++i) {
+      const Feed& feed = feeds[i];
+      cache.check_idle(feed.sequence);
+      for (size_t other = 0; other < i; ++other)
         if (feeds[other].sequence == feed.sequence)
           throw OptionError("sequence " + std::to_string(feed.sequence) + " stands twice in one batch");
       if (feed.tokens.empty())
@@ -110,72 +141,73 @@ struct Context::State {
         throw OptionError("a batch of " + std::to_string(n) + " tokens or more, expected at most " +
                           std::to_string(n_batch));
       for (const int32_t token : feed.tokens)
-        if (token < 0 || token >= n_vocab)
-          throw OptionError("token " + std::to_string(token) + ", expected 0 to " + std::to_string(n_vocab - 1));
+        if (token < 0 || token >= n_vocab())
+          throw OptionError("token " + std::to_string(token) + ", expected 0 to " + std::to_string(n_vocab() - 1));
     }
   }
 
-  // s: the feed's place
-  void append(const Feed& feed, size_t s, Want want) {
-    row[s] = n_appended++;
+  // place: the feed's among all
+  void append(Pass& pass, const Feed& feed, size_t place) const {
+    Batch& batch = pass.batch;
+    pass.outputs.add(place, feed);
     const int length = cache.length(feed.sequence);
     for (size_t i = 0; i < feed.tokens.size(); ++i) {
-      if (want == Want::all || (want == Want::last && i + 1 == feed.tokens.size())) batch.outputs.push_back(batch.n());
+      if (feed.want == Want::all || (feed.want == Want::last && i + 1 == feed.tokens.size()))
+        batch.outputs.push_back(batch.n());
       batch.tokens.push_back(feed.tokens[i]);
       batch.positions.push_back(length + static_cast<int>(i));
-      batch.sequences.push_back(static_cast<int>(s));
+      batch.sequences.push_back(static_cast<int>(place));
     }
   }
 
-  void extend(std::span<const Feed> feeds) {
-    for (const Feed& feed : feeds) cache.extend(feed.sequence, static_cast<int>(feed.tokens.size()));
+  void reserve(Pass& pass) {
+    for (const Pass::Fed& feed : pass.feeds) cache.reserve(feed.sequence, feed.n_tokens);
+    pass.parts.resize(parts.size());
     for (size_t i = 0; i < parts.size(); ++i) {
-      Batch& own = parts[i].batch = batch;
+      Batch& own = pass.parts[i] = pass.batch;
       if (!parts[i].rounded) own.n_prompt = 0;
-      for (const Feed& feed : feeds) {
-        const auto& blocks = cache.blocks(feed.sequence, i);
+      for (const Pass::Fed& feed : pass.feeds) {
         own.first_block.push_back(static_cast<int>(own.blocks.size()));
-        own.blocks.insert(own.blocks.end(), blocks.begin(), blocks.end());
+        cache.append_memory(feed.sequence, i, own.blocks);
       }
     }
   }
 
-  // The batch through all parts.
-  void run(std::span<float> logits, TopLogits* top) {
-    if (parts.size() > 1) x.resize(size_t(batch.n()) * model->hyperparameters().n_embd);
+  // What was not computed is not there.
+  void give_back(Pass& pass) {
+    for (const Pass::Fed& feed : pass.feeds) cache.give_back(feed.sequence);
+  }
+
+  // Through all parts.
+  void run(Pass& pass) {
+    TopLogits* top = pass.outputs.top();
+    const size_t n_logits = top ? 0 : pass.outputs.n() * n_vocab();
+    outputs.start(0);  // its logits, too, lie where these will
+    std::shared_ptr<float[]> logits = room(n_logits);
+    if (parts.size() > 1) pass.x.resize(size_t(pass.batch.n()) * model->hyperparameters().n_embd);
     for (size_t i = 0; i < parts.size(); ++i)
-      parts[i].transformer.forward(parts[i].batch, cache.layout(i), x, logits, top);
+      parts[i].transformer.forward(pass.parts[i], cache.layout(i), pass.x, {logits.get(), n_logits}, top);
+    pass.outputs.bring(std::move(logits));
+    if (!pass.outputs.is_finite())
+      throw FileError(model->file().path() +
+                      ": the logits are not finite: some weights are NaN, infinite, or too large for float32, or some "
+                      "keys or values for an f16 or q8_0 cache (option kv_type)");
+    for (const Pass::Fed& feed : pass.feeds) cache.commit(feed.sequence, feed.n_tokens);
+    std::swap(outputs, pass.outputs);
   }
 
-  // Whether the samplers need but a part of the logits that the backend finds; then `top` becomes that part.
-  bool ask_for_top(std::span<Sampler* const> samplers) {
-    size_t n_largest = 0, n_tokens = 0;
-    for (auto sampler = samplers.begin(); sampler != samplers.end(); ++sampler) {
-      const size_t n = (*sampler)->n_candidates();
-      if (n == 0 || n > size_t(parts.back().backend->max_top_logits())) return false;
-      // One of two sequences: what it will penalise in the second depends on what it draws in the first.
-      if (std::find(samplers.begin(), sampler, *sampler) != sampler) return false;
-      n_largest = std::max(n_largest, n);
-      n_tokens = std::max(n_tokens, (*sampler)->penalised_tokens().size());
+  // For so many logits: where those before lay, unless somebody still has them, or they were very many.
+  std::shared_ptr<float[]> room(size_t n) {
+    const size_t most_kept = std::max(n, kKeptRows * n_vocab());
+    if (logits.use_count() > 1 || n > n_room || n_room > most_kept) {
+      logits.reset();
+      logits = std::make_shared_for_overwrite<float[]>(n);
+      n_room = n;
     }
-    const int n_vocab = model->hyperparameters().n_vocab;
-    top.n_vocab = n_vocab;
-    top.n_largest = static_cast<int>(std::min(n_largest, size_t(n_vocab)));
-    top.n_tokens = static_cast<int>(n_tokens);
-    top.tokens.assign(samplers.size() * n_tokens, 0);  // where there are fewer, that of token 0 does no harm
-    for (size_t i = 0; i < samplers.size(); ++i) {
-      const std::span<const int32_t> tokens = samplers[i]->penalised_tokens();
-      std::replace_copy_if(
-          tokens.begin(), tokens.end(), top.tokens.begin() + row[i] * n_tokens,
-          [&](int32_t token) { return token < 0 || token >= n_vocab; }, 0);
-    }
-    return true;
+    return logits;
   }
 
-  std::span<const Candidate> candidates(size_t feed) const {
-    const size_t n = top.row_size();
-    return {top.found.data() + row[feed] * n, n};
-  }
+  int n_vocab() const { return model->hyperparameters().n_vocab; }
 
   std::shared_ptr<const Model> model;
   int n_ctx;
@@ -183,17 +215,17 @@ struct Context::State {
   std::string why_not_cuda;
   std::vector<Part> parts;  // in the order of their layers
   KvCache cache;
-  Batch batch;                     // but for the blocks, which each part has its own of
-  std::vector<float> x;            // (n, n_embd): the residual stream on its way from one part to the next
-  std::vector<size_t> row;         // each feed's place in the batch, prompts first
-  size_t n_appended = 0;           // feeds
-  std::vector<int> lengths;        // of the sequences at hand, before they are extended
-  std::vector<float> step_logits;  // (n_sequences, n_vocab)
-  TopLogits top{};                 // of a step, where these are all that is needed
+  Pass now;         // of forward()
+  Outputs outputs;  // of the batch that came to its end last
+  std::shared_ptr<float[]> logits;
+  size_t n_room = 0;  // floats, there
 };
 
 Context::Context(std::shared_ptr<const Model> model, const ContextOptions& options) {
   if (options.n_ctx < 1) throw OptionError("n_ctx: found " + std::to_string(options.n_ctx) + ", expected at least 1");
+  if (options.kv_tokens != 0 && options.kv_tokens < options.n_ctx)
+    throw OptionError("kv_tokens: found " + std::to_string(options.kv_tokens) +
+                      ", expected at least n_ctx = " + std::to_string(options.n_ctx));
   if (options.precision != "auto" && options.precision != "f32")
     throw OptionError("precision: found '" + options.precision + "', expected auto or f32");
   if (options.device != "auto" && options.device != "cpu" && options.device != "cuda")
@@ -234,44 +266,38 @@ const std::string& Context::why_not_cuda() const { return state_->why_not_cuda; 
 int Context::n_ctx() const { return state_->n_ctx; }
 size_t Context::available_memory() const { return state_->parts.back().backend->available_memory(); }
 int Context::n_batch() const { return state_->n_batch; }
+int Context::n_layer() const { return model().hyperparameters().n_layer; }
+int Context::block_tokens() { return KvLayout::kBlockTokens; }
 
-int Context::new_sequence(int n_tokens) { return state_->cache.new_sequence(n_tokens); }
+int64_t Context::n_blocks() const { return state_->cache.n_blocks(); }
+int64_t Context::n_free_blocks() const { return state_->cache.n_free_blocks(); }
+int Context::new_sequence(std::span<const int32_t> prefix) { return state_->cache.new_sequence(prefix); }
 void Context::free_sequence(int sequence) { state_->cache.free_sequence(sequence); }
-void Context::reserve(int sequence, int n_tokens) { state_->cache.reserve(sequence, n_tokens); }
 void Context::truncate(int sequence, int n_tokens) { state_->cache.truncate(sequence, n_tokens); }
 int Context::length(int sequence) const { return state_->cache.length(sequence); }
+std::span<const int32_t> Context::blocks(int sequence) const { return state_->cache.blocks(sequence); }
+void Context::hold(std::span<const int32_t> blocks) { state_->cache.hold(blocks); }
+void Context::release(std::span<const int32_t> blocks) { state_->cache.release(blocks); }
 
-void Context::prefill(std::span<const Feed> feeds) {
-  if (feeds.empty()) return;
-  state_->fill_batch(feeds, State::Want::none);
-  state_->forward(feeds, {});
-}
-
-void Context::step(std::span<const Feed> feeds, std::span<Sampler* const> samplers, int32_t* out) {
-  if (samplers.size() != feeds.size())
-    throw OptionError(std::to_string(samplers.size()) +
-                      " samplers, expected one a sequence: " + std::to_string(feeds.size()));
-  for (size_t i = 0; i < feeds.size(); ++i)
-    if (!samplers[i])
-      throw OptionError("sequence " + std::to_string(feeds[i].sequence) + ": no sampler, expected one a sequence");
-  if (feeds.empty()) return;
-  state_->fill_batch(feeds, State::Want::last);
-  if (state_->ask_for_top(samplers)) {
-    state_->forward(feeds, {}, &state_->top);
-    for (size_t i = 0; i < feeds.size(); ++i) out[i] = samplers[i]->sample(state_->candidates(i));
-    return;
+void Context::forward(std::span<const Feed> feeds) {
+  state_->start(state_->now, feeds);
+  try {
+    state_->run(state_->now);
+  } catch (...) {
+    state_->give_back(state_->now);
+    throw;
   }
-  const size_t n_vocab = model().hyperparameters().n_vocab;
-  state_->step_logits.resize(feeds.size() * n_vocab);
-  state_->forward(feeds, state_->step_logits);
-  for (size_t i = 0; i < feeds.size(); ++i)
-    out[i] = samplers[i]->sample({state_->step_logits.data() + state_->row[i] * n_vocab, n_vocab});
 }
 
-void Context::logits(const Feed& feed, float* out) {
-  const size_t n_vocab = model().hyperparameters().n_vocab;
-  state_->fill_batch({&feed, 1}, State::Want::all);
-  state_->forward({&feed, 1}, {out, feed.tokens.size() * n_vocab});
+void Context::sample(std::span<Sampler* const> samplers, std::span<const std::span<const int32_t>> masks,
+                     std::vector<std::vector<int32_t>>& out) {
+  state_->outputs.sample(samplers, masks, out);
 }
+
+LogProbs Context::log_probs(int feed, std::span<const int32_t> tokens, int n_top) const {
+  return state_->outputs.log_probs(feed, tokens, n_top);
+}
+
+Logits Context::logits(int feed) const { return state_->outputs.logits(feed); }
 
 }  // namespace vptq

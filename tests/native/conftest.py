@@ -1,6 +1,7 @@
-"""The operations of the CPU on every instruction set that the machine has, and of a GPU."""
+"""The operations of the CPU on every instruction set that the machine has, and of a GPU; emulated GPUs."""
 
 import pytest
+from emulated import Emulated
 from gpu import need_gpu
 
 from vptq_runtime import _native
@@ -22,3 +23,11 @@ def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv("VPTQ_CUDA_KERNEL", name.removeprefix("cuda").removeprefix("-"))
         name = "cuda"
     return _native.Operations(name, 2)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Emulated:
+    need_gpu()
+    if "emulation" not in _native.Gpu().description:
+        pytest.skip("needs the emulation of a GPU")
+    return Emulated(monkeypatch)

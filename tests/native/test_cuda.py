@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from feeding import all_logits, prefill, step
 from gpu import need_gpu
 from numpy.typing import NDArray
 from tiny_gguf import KEYS, N_EMBD, tensors, write
@@ -31,10 +32,10 @@ def on_gpu() -> Iterator[_native.Context]:
 
 
 def greedy(context: _native.Context, n_steps: int) -> list[int]:
-    sequence = context.new_sequence(n_steps + 1)
+    sequence = context.new_sequence()
     tokens = [1]
     for _ in range(n_steps):
-        tokens += context.step([sequence], [tokens[-1:]], [_native.Sampler(**GREEDY)])
+        tokens += step(context, [sequence], [tokens[-1:]], [_native.Sampler(**GREEDY)])
     return tokens
 
 
@@ -73,20 +74,22 @@ class TestOnAGpu:
 
     def test_recorded_steps_change_nothing(self, on_gpu: _native.Context) -> None:
         """A context's first step of one token is run as it is, the second recorded, the others played."""
-        sequences = [on_gpu.new_sequence(200) for _ in range(3)]
-        on_gpu.prefill(sequences, [[1, 5, 9]] * 3)
+        sequences = [on_gpu.new_sequence() for _ in range(3)]
+        prefill(on_gpu, sequences, [[1, 5, 9]] * 3)
         for sequence in sequences:
             for token in (3, 4):
-                on_gpu.step([sequence], [[token]], [_native.Sampler(**GREEDY)], [False])
-        logits = [on_gpu.logits(sequence, [7]) for sequence in sequences]
+                step(on_gpu, [sequence], [[token]], [_native.Sampler(**GREEDY)], [False])
+        logits = [all_logits(on_gpu, sequence, [7]) for sequence in sequences]
         assert np.array_equal(logits[0], logits[1]) and np.array_equal(logits[0], logits[2])
 
     def test_memory_of_200_steps(self, on_gpu: _native.Context) -> None:
-        sequence = on_gpu.new_sequence(250)
+        sequence = on_gpu.new_sequence()
+        prefill(on_gpu, [sequence], [[1] * 240])  # memory for its blocks
+        on_gpu.truncate(sequence, 0)
         tokens = [1]
         free = []
         for _ in range(240):
-            tokens = on_gpu.step([sequence], [tokens], [_native.Sampler(**GREEDY)])
+            tokens = step(on_gpu, [sequence], [tokens], [_native.Sampler(**GREEDY)])
             free.append(on_gpu.available_memory)
         assert free[40:] == [free[40]] * 200
 
@@ -123,14 +126,14 @@ class TestSampling:
 
         def generate(*, from_all: bool) -> list[list[int]]:
             samplers = [_native.Sampler(**GREEDY | o) for o in options]
-            sequences = [tiny.new_sequence(40) for _ in range(4 if from_all else 3)]
+            sequences = [tiny.new_sequence() for _ in range(4 if from_all else 3)]
             if from_all:
                 samplers.append(_native.Sampler(**GREEDY | {"temperature": 1.0}))
             fed = [[1], [5, 9], [7], [1]][: len(sequences)]
             tokens = []
-            for step in range(32):
-                prompts = [step == 0 and len(feed) > 1 for feed in fed]  # another order in the batch
-                fed = [[token] for token in tiny.step(sequences, fed, samplers, prompts)]
+            for n in range(32):
+                prompts = [n == 0 and len(feed) > 1 for feed in fed]  # another order in the batch
+                fed = [[token] for token in step(tiny, sequences, fed, samplers, prompts)]
                 tokens.append([feed[0] for feed in fed[:3]])
             return tokens
 
@@ -140,12 +143,12 @@ class TestSampling:
         def generate(n_others: int) -> list[int]:
             sampler = _native.Sampler(**GREEDY | {"temperature": 1.0, "top_k": 2, "repeat_penalty": 0.01})
             others = [_native.Sampler(**GREEDY | {"temperature": 1.0}) for _ in range(n_others)]
-            sequences = [tiny.new_sequence(9) for _ in range(2 + n_others)]
+            sequences = [tiny.new_sequence() for _ in range(2 + n_others)]
             n = len(sequences)
             return [
                 token
                 for _ in range(8)
-                for token in tiny.step(sequences, [[1]] * n, [sampler, sampler, *others])[:2]
+                for token in step(tiny, sequences, [[1]] * n, [sampler, sampler, *others])[:2]
             ]
 
         assert generate(0) == generate(1)
@@ -154,7 +157,7 @@ class TestSampling:
         arrays = tensors()
         arrays["blk.0.ffn_up.weight"][3, 4] = np.nan
         context = self.context(tmp_path, arrays)
-        sequence = context.new_sequence(2)
+        sequence = context.new_sequence()
         with pytest.raises(FileError, match=r"tiny\.gguf: the logits are not finite"):
-            context.step([sequence], [[1, 2]], [_native.Sampler(**GREEDY)])
+            step(context, [sequence], [[1, 2]], [_native.Sampler(**GREEDY)])
         assert context.length(sequence) == 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from feeding import all_logits
 from gguf import GGUFValueType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from vptq_runtime.errors import FileError, UnsupportedError, VPTQError
 def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = write(tmp_path_factory.mktemp("gguf") / "good.gguf", KEYS, tensors())
     context = _native.Context(_native.Model(str(path)), device="cpu", n_ctx=32, n_threads=1, kv_type="f32")
-    assert context.logits(context.new_sequence(2), [1, 2]).shape == (2, N_VOCAB)
+    assert all_logits(context, context.new_sequence(), [1, 2]).shape == (2, N_VOCAB)
     return path.read_bytes()
 
 
@@ -227,9 +228,9 @@ def test_weights_that_are_not_finite_are_noticed_at_the_logits(tmp_path: Path) -
     arrays["blk.0.ffn_up.weight"][3, 4] = np.nan
     model = _native.Model(str(write(tmp_path / "nan.gguf", KEYS, arrays)))
     context = _native.Context(model, device="cpu", n_ctx=32, n_threads=1, kv_type="f32")
-    sequence = context.new_sequence(2)
+    sequence = context.new_sequence()
     with pytest.raises(FileError, match=r"nan\.gguf: the logits are not finite"):
-        context.logits(sequence, [1, 2])
+        all_logits(context, sequence, [1, 2])
     assert context.length(sequence) == 0
 
 
@@ -248,7 +249,7 @@ def test_any_damage_is_an_error_or_harmless(good: bytes, tmp_path: Path, data: s
     try:
         model = _native.Model(str(path))
         context = _native.Context(model, device="cpu", n_ctx=8, n_threads=1, kv_type="f16")
-        context.logits(context.new_sequence(3), [0])
+        all_logits(context, context.new_sequence(), [0])
         assert all(model.metadata_value(key) is not None for key in model.metadata_keys())
     except VPTQError as error:
         assert "\n" not in str(error)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from feeding import all_logits
 from layer_tensors import DTYPES
 from numpy.typing import NDArray
 
@@ -61,10 +62,10 @@ def logits(isa: str, kv_type: str, monkeypatch: pytest.MonkeyPatch) -> NDArray[n
     model = _native.Model(str(demo_path()))
     context = _native.Context(model, device="cpu", n_ctx=128, n_threads=2, kv_type=kv_type, precision="f32")
     assert isa in context.device
-    sequence = context.new_sequence(24)
+    sequence = context.new_sequence()
     tokens = np.random.default_rng(0).integers(model.n_vocab, size=24).tolist()
     parts = [tokens[:14], *([token] for token in tokens[14:])]
-    return np.concatenate([context.logits(sequence, part) for part in parts]).astype(np.float64)
+    return np.concatenate([all_logits(context, sequence, part) for part in parts]).astype(np.float64)
 
 
 @pytest.mark.parametrize(("kv_type", "bound"), [("f32", 1e-5), ("f16", 1e-3)])

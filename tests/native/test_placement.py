@@ -1,6 +1,5 @@
 """Layers on the CPU and on GPUs: how they are shared out, and that it changes no number it should not."""
 
-import gc
 import itertools
 import re
 from collections.abc import Sequence
@@ -8,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from emulated import Emulated
+from feeding import all_logits, prefill, step
 from gpu import need_gpu
 from numpy.typing import NDArray
 from relative_error import relative_l2
@@ -17,7 +18,6 @@ from vptq_runtime.errors import OptionError, OutOfMemoryError, UnsupportedError
 
 GREEDY = dict(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0, seed=0)
 N_LAYER = 6  # of the demo model
-MIB = 1 << 20
 
 
 class TestSplit:
@@ -83,21 +83,21 @@ def context(**options: Any) -> _native.Context:
 
 def greedy(context: _native.Context, prompts: list[list[int]], n_steps: int = 4) -> list[list[int]]:
     """The tokens that a batch of prompts goes on with."""
-    sequences = [context.new_sequence(64) for _ in prompts]
+    sequences = [context.new_sequence() for _ in prompts]
     for sequence, prompt in zip(sequences, prompts, strict=True):
         if len(prompt) > 1:
-            context.prefill([sequence], [prompt[:-1]])
+            prefill(context, [sequence], [prompt[:-1]])
     fed = [prompt[-1:] for prompt in prompts]
     found: list[list[int]] = [[] for _ in prompts]
     for _ in range(n_steps):
-        fed = [[token] for token in context.step(sequences, fed, [_native.Sampler(**GREEDY) for _ in fed])]
+        fed = [[token] for token in step(context, sequences, fed, [_native.Sampler(**GREEDY) for _ in fed])]
         for tokens, token in zip(found, fed, strict=True):
             tokens += token
     return found
 
 
 def logits(context: _native.Context) -> NDArray[np.float32]:
-    return context.logits(context.new_sequence(64), list(range(5, 45)))
+    return all_logits(context, context.new_sequence(), list(range(5, 45)))
 
 
 def devices(context: _native.Context) -> list[str]:
@@ -151,36 +151,12 @@ class TestOnTheCpuAndAGpu:
 
     def test_a_step_that_fails_leaves_no_part_of_it(self) -> None:
         both = context(gpu_layers=3)
-        sequence = both.new_sequence(8)
-        before = both.logits(sequence, [5, 6])
+        sequence = both.new_sequence()
+        before = all_logits(both, sequence, [5, 6])
         with pytest.raises(OptionError):
-            both.prefill([sequence], [[1] * 127])  # longer than the context
+            prefill(both, [sequence], [[1] * 127])  # longer than the context
         both.truncate(sequence, 0)
-        assert np.array_equal(both.logits(sequence, [5, 6]), before)
-
-
-class Emulated:
-    """GPUs of any number and memory, which a real one is not."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._setenv = monkeypatch.setenv
-        gc.collect()
-        gpu = _native.Gpu()
-        self._taken = gpu.total_memory - gpu.available_memory  # by whatever other tests have left
-
-    def have(self, *mib: float) -> None:
-        """A device for each number, which has so many MiB free."""
-        sizes = [int(mib[0] * MIB) + self._taken, *(int(each * MIB) for each in mib[1:])]
-        self._setenv("VPTQ_EMULATED_DEVICES", str(len(mib)))
-        self._setenv("VPTQ_EMULATED_MEMORY", ",".join(map(str, sizes)))
-
-
-@pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Emulated:
-    need_gpu()
-    if "emulation" not in _native.Gpu().description:
-        pytest.skip("needs the emulation of a GPU")
-    return Emulated(monkeypatch)
+        assert np.array_equal(all_logits(both, sequence, [5, 6]), before)
 
 
 @pytest.mark.gpu

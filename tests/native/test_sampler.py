@@ -111,48 +111,67 @@ def test_logits_that_cannot_be_sampled(logits: list[float]) -> None:
         _native.Sampler(**OFF).sample(np.array(logits, np.float32))
 
 
-def from_candidates(sampler: _native.Sampler, logits: NDArray[np.float32], rng: np.random.Generator) -> int:
-    """What sample(logits) is to draw: from the logits that the sampler asks for, in any order."""
-    largest = np.lexsort((np.arange(logits.size), -logits))[: sampler.n_candidates]
-    penalised = [token for token in sampler.penalised_tokens if 0 <= token < logits.size]
-    tokens = rng.permutation([*largest.tolist(), *penalised]).tolist()
-    return sampler.sample_candidates(tokens, logits[tokens].tolist())
+# The draws of numpy in float64, the slow way.
 
 
-@pytest.mark.parametrize("repeat_penalty", [1.0, 1.3, 0.7, 1e30])
+def uniform(seed: int, n: int) -> float:
+    words = _native.philox([n % 2**32, n >> 32, 0, 0], [seed % 2**32, seed >> 32])
+    return ((words[1] << 32 | words[0]) >> 11) / 2**53
+
+
+def slow_draw(logits: NDArray[np.float32], at: float, options: dict[str, float]) -> int:
+    """From the likeliest on where there is a top_k, else in the order of the tokens."""
+    x = logits.astype(np.float64)
+    order = np.lexsort((np.arange(x.size), -x))
+    order = order[: int(options["top_k"]) or None]
+    p = np.exp(x[order] - x[order[0]])
+    n = (
+        1 + np.count_nonzero(np.cumsum(p)[:-1] < options["top_p"] * p.sum())
+        if options["top_p"] < 1
+        else p.size
+    )
+    order = order[: min(n, np.count_nonzero(p >= options["min_p"]))]
+    if not options["top_k"]:
+        order = np.sort(order)
+    p = np.exp((x[order] - x.max()) / options["temperature"])
+    return int(order[np.count_nonzero(np.cumsum(p) <= at * p.sum())])
+
+
+@pytest.mark.parametrize("n_vocab", [1, 2, 15, 16, 17, 500, 40000])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
 @pytest.mark.parametrize(
-    "options",
+    "filters",
     [
-        {"temperature": 0.0},
+        {},
         {"top_k": 1},
-        {"top_k": 5, "temperature": 3.0},
-        {"top_k": 40, "top_p": 0.9, "min_p": 0.02},
-        {"top_k": 1000},
+        {"top_k": 7},
+        {"top_k": 300, "top_p": 0.8},
+        {"top_p": 0.3},
+        {"top_p": 0.97},
+        {"min_p": 0.01},
+        {"top_p": 0.9, "min_p": 0.2},
+        {"top_k": 50, "top_p": 0.9, "min_p": 0.02},
     ],
 )
-def test_candidates_draw_what_all_logits_draw(options: dict[str, float], repeat_penalty: float) -> None:
-    rng = np.random.default_rng(1)
-    for seed in range(4):
-        a, b = (
-            _native.Sampler(**(OFF | options | {"repeat_penalty": repeat_penalty, "seed": seed}))
-            for _ in range(2)
-        )
-        for sampler in (a, b):
-            sampler.accept([-1, 499, 500, 2**31 - 1])
-        for _ in range(50):
-            logits = rng.normal(size=500).astype(np.float32)
-            if seed % 2:  # many ties, 0 and -0 among them
-                logits = np.round(logits)
-            assert a.sample(logits) == from_candidates(b, logits, rng)
+def test_as_the_slow_way(filters: dict[str, float], temperature: float, n_vocab: int) -> None:
+    rng = np.random.default_rng(n_vocab)
+    options = OFF | filters | {"temperature": temperature, "seed": 2**40 + 7}
+    sampler = _native.Sampler(**options)
+    for n in range(20):
+        logits = (3 * rng.normal(size=n_vocab)).astype(np.float32)
+        if n % 4 == 0:  # many ties
+            logits = np.round(logits)
+        at = uniform(2**40 + 7, n)
+        assert sampler.sample(logits) == slow_draw(logits, at, options)
 
 
-def test_how_many_candidates() -> None:
-    def n(**options: float) -> int:
-        return _native.Sampler(**(OFF | options)).n_candidates
-
-    assert n() == n(repeat_penalty=1.1) == 0  # all
-    assert n(temperature=0.0) == n(top_k=1) == 1
-    assert n(top_k=40, repeat_penalty=1.1) == 40 + 64
+def test_extreme_logits() -> None:
+    """Weights that float32 does not hold are not drawn, and do no harm."""
+    largest = float(np.finfo(np.float32).max)
+    assert draws(50, np.array([-largest, largest, -largest], np.float32)) == {1: 50}
+    assert draws(50, np.array([-largest, largest], np.float32), temperature=1e-30, top_p=0.5) == {1: 50}
+    assert set(draws(200, np.array([largest, largest], np.float32), temperature=1e-30)) == {0, 1}
+    assert set(draws(200, np.array([0, largest], np.float32), temperature=largest, top_k=2)) == {0, 1}
 
 
 @pytest.mark.parametrize("logits", [[], [1, np.nan], [np.inf, 0], [-np.inf]])

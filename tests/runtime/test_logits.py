@@ -14,6 +14,7 @@ import torch
 from checkpoints import mixed_layers, write_checkpoint
 from configurations import ARCHITECTURES, CONFIGURATIONS, VOCAB_SIZE
 from converted import float_tensors, raw_tensors
+from feeding import all_logits, prefill, step
 from reference import Greedy, Reference, mean_kl
 from vptq_converter.convert import convert
 
@@ -113,20 +114,20 @@ def test_prompt_in_pieces(one_case: Case, device: str, piece: int) -> None:
     prompt = longest.prompt
     assert sum(PROMPT_LENGTHS) <= context.n_batch
     pieces = [prompt[start : start + piece] for start in range(0, len(prompt), piece)]
-    whole = context.logits(context.new_sequence(len(prompt)), prompt)
+    whole = all_logits(context, context.new_sequence(), prompt)
 
-    sequence = context.new_sequence(len(prompt))
-    logits = np.concatenate([context.logits(sequence, tokens) for tokens in pieces])
+    sequence = context.new_sequence()
+    logits = np.concatenate([all_logits(context, sequence, tokens) for tokens in pieces])
     assert context.length(sequence) == len(prompt)
     assert np.abs(logits.astype(np.float64) - whole).max() < 1e-4 * np.abs(whole).max()
 
-    sequence = context.new_sequence(len(prompt) + 32)
+    sequence = context.new_sequence()
     for tokens in pieces[:-1]:
-        context.prefill([sequence], [tokens])
+        prefill(context, [sequence], [tokens])
     sampler = _native.Sampler(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0, seed=0)
     feed, continuation = pieces[-1], []
     for _ in range(32):
-        feed = context.step([sequence], [feed], [sampler])
+        feed = step(context, [sequence], [feed], [sampler])
         continuation += feed
     assert continuation == longest.tokens
 
@@ -134,30 +135,30 @@ def test_prompt_in_pieces(one_case: Case, device: str, piece: int) -> None:
 def test_in_16_bits_pieces_and_company_change_nothing(one_case: Case, device: str) -> None:
     context = one_case.context(device, DEFAULT)
     prompt, other = one_case.greedy[-1].prompt, one_case.greedy[-2].prompt
-    whole = context.logits(context.new_sequence(len(prompt)), prompt)
-    sequence = context.new_sequence(len(prompt))
-    pieces = [context.logits(sequence, prompt[a:b]) for a, b in ((0, 1), (1, 34), (34, len(prompt)))]
+    whole = all_logits(context, context.new_sequence(), prompt)
+    sequence = context.new_sequence()
+    pieces = [all_logits(context, sequence, prompt[a:b]) for a, b in ((0, 1), (1, 34), (34, len(prompt)))]
     assert np.array_equal(np.concatenate(pieces), whole)
     if "avx" in context.device or device == "cuda":  # prompts are rounded, and generated tokens are not
         exact = one_case.context(device, ("f16", "f32"))
-        assert not np.array_equal(exact.logits(exact.new_sequence(len(prompt)), prompt), whole)
-        generated = context.new_sequence(len(prompt))
+        assert not np.array_equal(all_logits(exact, exact.new_sequence(), prompt), whole)
+        generated = context.new_sequence()
         sampler = _native.Sampler(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0, seed=0)
         for token in prompt[:-1]:
-            context.step([generated], [[token]], [sampler], [False])
-        assert not np.array_equal(context.logits(generated, prompt[-1:])[0], whole[-1])
+            step(context, [generated], [[token]], [sampler], [False])
+        assert not np.array_equal(all_logits(context, generated, prompt[-1:])[0], whole[-1])
 
     def fed(company: bool) -> list[np.ndarray]:
         """Logits behind a sequence that goes on and one that begins, in one batch or one after the other."""
         sampler = _native.Sampler(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0, seed=0)
-        going, beginning = context.new_sequence(N_CTX), context.new_sequence(N_CTX)
-        context.prefill([going], [prompt[:-1]])
+        going, beginning = context.new_sequence(), context.new_sequence()
+        prefill(context, [going], [prompt[:-1]])
         if company:
-            context.step([going, beginning], [prompt[-1:], other], [sampler] * 2, [False, True])
+            step(context, [going, beginning], [prompt[-1:], other], [sampler] * 2, [False, True])
         else:
-            context.step([beginning], [other], [sampler], [True])
-            context.step([going], [prompt[-1:]], [sampler], [False])
-        return [context.logits(sequence, [7]) for sequence in (going, beginning)]
+            step(context, [beginning], [other], [sampler], [True])
+            step(context, [going], [prompt[-1:]], [sampler], [False])
+        return [all_logits(context, sequence, [7]) for sequence in (going, beginning)]
 
     for together, alone in zip(fed(True), fed(False), strict=True):
         assert np.array_equal(together, alone)
@@ -166,10 +167,10 @@ def test_in_16_bits_pieces_and_company_change_nothing(one_case: Case, device: st
 def test_truncated_sequence_continues_as_a_new_one(one_case: Case, device: str) -> None:
     context = one_case.context(device, EXACT)
     prompt, other = one_case.greedy[-1].prompt, one_case.greedy[-2].prompt
-    sequence = context.new_sequence(len(prompt) + len(other))
-    context.prefill([sequence], [prompt])
+    sequence = context.new_sequence()
+    prefill(context, [sequence], [prompt])
     context.truncate(sequence, 50)
-    logits = context.logits(sequence, other)
+    logits = all_logits(context, sequence, other)
     expected = one_case.reference.logits(prompt[:50] + other)[50:]
     assert mean_kl(expected, logits) < 1e-6
 

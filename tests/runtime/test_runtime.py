@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from configurations import BOS, EOS_IDS, VOCAB_SIZE
 from converted import keys
+from feeding import prefill
 
 from vptq_runtime import (
     FileError,
@@ -125,7 +126,7 @@ def open_sequences(runtime: Runtime) -> bool:
     context = runtime._context
     assert context is not None
     kept = runtime._kept._kept
-    new = [context.new_sequence(1), context.new_sequence(1)]
+    new = [context.new_sequence(), context.new_sequence()]
     for sequence in new:
         context.free_sequence(sequence)
     return new != ([0, 1] if kept is None else [n for n in range(3) if n != kept[0]][:2])
@@ -426,11 +427,11 @@ def test_the_gil_is_released(runtime: Runtime) -> None:
     sys.setswitchinterval(1000)
     try:
         thread.start()
-        sequence = context.new_sequence(1024)
+        sequence = context.new_sequence()
         before = ticks
         for _ in range(1000):  # a call is short: on a busy machine the other thread may miss many of them
             context.truncate(sequence, 0)
-            context.prefill([sequence], [prompt])
+            prefill(context, [sequence], [prompt])
             during = ticks - before
             if during:
                 break

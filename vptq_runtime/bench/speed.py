@@ -14,6 +14,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from vptq_runtime import _native
 from vptq_runtime.errors import OutOfMemoryError
 
+BLOCK_TOKENS = 32  # of the KV cache
 REST_BYTES = 150 << 20  # the interpreter, its libraries, the activations
 # What every token needs of the last layer, for its keys and values; the rest of it is for those whose logits
 # are wanted.
@@ -186,6 +187,8 @@ def measure(
     that are generated. peak_memory is asked before each context ends.
     """
     n_ctx = max(test.n_tokens for test in tests)
+    # A sequence's last block may be almost empty.
+    kv_tokens = max(test.n_sequences * (test.n_tokens + BLOCK_TOKENS) for test in tests)
     load_s, peak = 0.0, 0
     seconds: dict[SpeedTest, list[float]] = {}
     groups: dict[tuple[int, str], list[SpeedTest]] = {}
@@ -202,6 +205,7 @@ def measure(
             n_threads=n_threads,
             kv_type=kv_type,
             precision=context_precision,
+            kv_tokens=kv_tokens,
         )
         load_s = load_s or open_s + time.perf_counter() - begin
         for test in group:
@@ -235,14 +239,15 @@ def extrapolated(
 def _run(context: _native.Context, test: SpeedTest, repetitions: int, n_vocab: int) -> list[float]:
     tokens = np.random.default_rng(0).integers(n_vocab, size=(test.n_sequences, test.n_tokens)).tolist()
     samplers = [_native.Sampler(**GREEDY) for _ in tokens]  # type: ignore[arg-type]
-    sequences = [context.new_sequence(test.n_tokens) for _ in tokens]
+    sequences = [context.new_sequence() for _ in tokens]
 
     def call(start: int, end: int) -> None:
         fed = [each[start:end] for each in tokens]
         if test.kind == "tg":
-            context.step(sequences, fed, samplers)
+            context.forward(sequences, fed, samplers=samplers)
+            context.sample(samplers)
         else:
-            context.prefill(sequences, fed)
+            context.forward(sequences, fed, [True] * len(fed), ["none"] * len(fed))
 
     calls = list(test.calls(context.n_batch))
     # A GPU's first steps are run, recorded and played; of a prompt's all are run.

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from feeding import all_logits
 from tiny_bench import HEADINGS, QUANT, SYNTHETIC, TINY, cells
 from tiny_gguf import HEAD_DIM, KEYS, N_EMBD, N_FF, N_VOCAB, tensors, write
 
@@ -106,7 +107,7 @@ def test_synthetic_model_is_whole(quant: str, dense_type: str, arch: str, greedy
     assert ("blk.1.attn_k.bias" in model.tensors) == (arch == "qwen2")
     assert "blk.1.attn_output.bias" not in model.tensors
     context = _native.Context(model, device="cpu", n_ctx=64, n_threads=1, kv_type="f16")
-    logits = context.logits(context.new_sequence(40), list(range(40)))
+    logits = all_logits(context, context.new_sequence(), list(range(40)))
     assert np.isfinite(logits).all()
     assert 0.1 < logits.std() < 10
     assert len(np.unique(logits, axis=0)) == 40  # another token, other logits
