@@ -1,8 +1,8 @@
 """Runtime: generate, chat, and everything around them, on a small random model."""
 
 import _thread
+import gc
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -111,41 +111,39 @@ def test_a_closed_stream_has_what_there_is(runtime: Runtime) -> None:
     whole = runtime.generate("the quick", max_tokens=20, temperature=0)
     stream = runtime.generate("the quick", max_tokens=20, temperature=0, stream=True)
     stream.close()
-    assert (stream.generation.tokens, stream.generation.timings.prompt_tokens) == ([], 0)
-    with runtime.generate("the quick", max_tokens=20, temperature=0, stream=True) as stream:
+    assert stream.generation.finish_reason is None
+    assert stream.generation.tokens == whole.tokens[: len(stream.generation.tokens)]
+    with runtime.generate("the quick", max_tokens=1000, temperature=0, stream=True) as stream:
         pieces = [next(stream) for _ in range(3)]
-    generation = stream.generation
-    assert (generation.text, generation.finish_reason) == ("".join(pieces), None)
-    assert generation.tokens == whole.tokens[: len(generation.tokens)]
+    generation = stream.generation  # it has gone on while it was read
+    assert generation.text.startswith("".join(pieces)) and generation.finish_reason is None
+    assert generation.tokens[:20] == whole.tokens[: len(generation.tokens)]
     assert generation.timings.decode_tokens == len(generation.tokens) - 1
     assert generation.timings.decode_s > 0
 
 
-def open_sequences(runtime: Runtime) -> bool:
-    """Whether the context has any but the one that is kept: new ones have the lowest free numbers."""
-    context = runtime._context
-    assert context is not None
-    kept = runtime._kept._kept
-    new = [context.new_sequence(), context.new_sequence()]
-    for sequence in new:
-        context.free_sequence(sequence)
-    return new != ([0, 1] if kept is None else [n for n in range(3) if n != kept[0]][:2])
+def places(runtime: Runtime) -> tuple[int, int]:
+    """Requests that have a place in the context, and blocks of the KV cache that somebody needs."""
+    stats = runtime.stats()
+    return stats.n_running, stats.kv_blocks - stats.kv_blocks_free
 
 
-def test_a_closed_stream_frees_its_sequence(runtime: Runtime) -> None:
-    stream = runtime.generate("a", stream=True)
+def test_a_closed_stream_frees_its_place(runtime: Runtime) -> None:
+    stream = runtime.generate("a", stream=True, max_tokens=None)
     next(stream)
-    assert open_sequences(runtime)
+    assert places(runtime)[0] == 1
     stream.close()
-    assert not open_sequences(runtime)
+    assert places(runtime) == (0, 0)
     assert list(stream) == []
-    with runtime.generate("a", stream=True) as stream:
+    with runtime.generate("a", stream=True, max_tokens=None) as stream:
         next(stream)
-    assert not open_sequences(runtime)
-    stream = runtime.generate("a", stream=True)
+    assert places(runtime) == (0, 0)
+    stream = runtime.generate("a", stream=True, max_tokens=None)
     next(stream)
+    ended = stream._request.mailbox
     del stream
-    assert not open_sequences(runtime)
+    assert ended.wait(30)
+    assert places(runtime) == (0, 0)
 
 
 def test_streams_take_turns(runtime: Runtime) -> None:
@@ -165,7 +163,8 @@ def test_batch_is_each_alone(runtime: Runtime) -> None:
     for prompt, generation in zip(PROMPTS, batch, strict=True):
         alone = runtime.generate(prompt, max_tokens=40, temperature=0)
         assert (generation.text, generation.tokens) == (alone.text, alone.tokens)
-    assert batch[0].timings.prompt_tokens == sum(len(runtime.tokenize(prompt)) for prompt in PROMPTS)
+        n_fed = generation.timings.prompt_tokens
+        assert n_fed + generation.n_cached == max(len(runtime.tokenize(prompt)), 1)
 
 
 def test_batch_larger_than_a_native_batch(runtime: Runtime) -> None:
@@ -315,6 +314,13 @@ def test_other_bad_arguments(runtime: Runtime) -> None:
         {"kv_type": "f64"},
         {"kv_type": None},
         {"precision": "f16"},
+        {"kv_tokens": 0},
+        {"kv_tokens": 1000, "n_ctx": 1001},
+        {"cache": "some"},
+        {"cache": None},
+        {"parallel": 0},
+        {"parallel": 2000},
+        {"queue": -1},
         {"gpu_layers": -1},
         {"gpu_layers": "all"},
         {"gpu_layers": 3, "device": "cpu"},
@@ -342,30 +348,51 @@ def test_no_model_there(tmp_path: Path) -> None:
 
 def test_closed(model: Path) -> None:
     runtime = Runtime(model)
-    stream = runtime.generate("a", stream=True)
+    stream = runtime.generate("a", stream=True, max_tokens=None)
+    waiting = runtime.submit("b", max_tokens=None)
     next(stream)
     runtime.close()
     runtime.close()
     for call in (
         lambda: runtime.generate("a"),
+        lambda: runtime.generate(["a", "b"]),
         lambda: runtime.generate("a", stream=True),
+        lambda: runtime.submit("a"),
         lambda: runtime.chat([{"role": "user", "content": "a"}]),
         lambda: runtime.logits([BOS]),
         lambda: list(stream),
+        stream.result,
+        waiting.result,
         lambda: runtime.metadata,
+        lambda: runtime.bos_token,
     ):
         with pytest.raises(OptionError, match="Runtime is closed"):
             call()
+    assert runtime.stats().n_running == 0
     with pytest.raises(RuntimeError), Runtime(model) as runtime:
         raise RuntimeError
     with pytest.raises(OptionError, match="Runtime is closed"):
         runtime.generate("a")
 
 
+def test_nobody_has_it_any_more(model: Path) -> None:
+    """Its thread ends with it; a stream still needs it."""
+    runtime = Runtime(model)
+    stream = runtime.generate("a", stream=True, max_tokens=20, temperature=0)
+    thread = runtime._engine._thread
+    assert thread is not None
+    del runtime
+    assert len(stream.result().tokens) == 20
+    assert thread.is_alive()
+    del stream
+    gc.collect()
+    assert not thread.is_alive()
+
+
 def test_ctrl_c_leaves_the_runtime_usable(model: Path) -> None:
     with Runtime(model, n_ctx=500_000) as runtime:
         before = runtime.generate("the quick", max_tokens=20, temperature=0).tokens
-        for prompt in ("a", [20] * 300_000):  # while decoding; while the prompt is fed
+        for prompt in ("a", [20] * 300_000, ["a", "b", "c"]):  # decoding; the prompt is fed; several
             opened = threading.Event()
             threading.Thread(target=interrupt_when_open, args=(runtime, opened)).start()
             with pytest.raises(KeyboardInterrupt):
@@ -373,21 +400,13 @@ def test_ctrl_c_leaves_the_runtime_usable(model: Path) -> None:
                     runtime.generate(prompt, max_tokens=None, temperature=0)
                 finally:
                     opened.set()
-            assert not open_sequences(runtime)
+            assert places(runtime) == (0, 0)
         assert runtime.generate("the quick", max_tokens=20, temperature=0).tokens == before
 
 
 def interrupt_when_open(runtime: Runtime, ended: threading.Event) -> None:
-    """Sends SIGINT once sequence 0 is in use and has grown, that is, in the middle of a call."""
-    context = runtime._context
-    assert context is not None
-    while not ended.is_set():
-        with runtime._lock:
-            try:
-                if runtime._kept._kept is None and context.length(0) > 1:
-                    break
-            except OptionError:  # no such sequence yet
-                pass
+    """Sends SIGINT once a request has been at work for a moment, that is, in the middle of a call."""
+    while not ended.is_set() and places(runtime)[1] < 2:
         time.sleep(0.001)
     _thread.interrupt_main()
 
@@ -406,41 +425,6 @@ def test_threads_share_a_runtime(runtime: Runtime) -> None:
     for thread in threads:
         thread.join()
     assert [results[prompt].tokens for prompt in prompts] == alone
-
-
-def test_the_gil_is_released(runtime: Runtime) -> None:
-    """With this switch interval no thread loses the lock: the other one runs only while it is given up."""
-    ticks = 0
-    done = threading.Event()
-
-    def tick() -> None:
-        nonlocal ticks
-        while not done.is_set():
-            ticks += 1
-            time.sleep(1e-5)  # not 0: that gives the lock up for a moment only, in which nobody may take it
-
-    interval = sys.getswitchinterval()
-    context = runtime._context
-    assert context is not None
-    prompt = [BOS] * runtime._n_batch
-    thread = threading.Thread(target=tick)
-    sys.setswitchinterval(1000)
-    try:
-        thread.start()
-        sequence = context.new_sequence()
-        before = ticks
-        for _ in range(1000):  # a call is short: on a busy machine the other thread may miss many of them
-            context.truncate(sequence, 0)
-            prefill(context, [sequence], [prompt])
-            during = ticks - before
-            if during:
-                break
-    finally:
-        done.set()
-        sys.setswitchinterval(interval)
-    thread.join()
-    context.free_sequence(sequence)
-    assert during > 0
 
 
 def test_chat_is_the_template_continued(runtime: Runtime) -> None:

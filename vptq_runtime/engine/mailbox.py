@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import threading
+import time
 from collections.abc import Iterable
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vptq_runtime.engine.request import Delta
+
+WAKE_S = 0.25  # at most in one wait: an interrupt that is no signal (_thread.interrupt_main) shows behind it
 
 
 class Mailbox:
@@ -34,7 +39,10 @@ class Mailbox:
 
     def take(self) -> Delta | None:
         """The next news, waiting for it; None at the end, again and again."""
-        delta = self._news.get()
+        while True:
+            with contextlib.suppress(Empty):
+                delta = self._news.get(timeout=WAKE_S)
+                break
         if delta is None:
             self._news.put(None)
         return delta
@@ -58,7 +66,11 @@ class Mailbox:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits for the end; False if it has not come in so many seconds."""
-        return self._ended.wait(timeout)
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        while not self._ended.wait(min(WAKE_S, max(0.0, until - time.monotonic()))):
+            if time.monotonic() >= until:
+                return False
+        return True
 
     async def wait_async(self) -> None:
         """`wait` for a coroutine."""
