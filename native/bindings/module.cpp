@@ -174,6 +174,12 @@ void forward(Context& context, const std::vector<int>& sequences, const std::vec
   context.forward(feeds(sequences, tokens, prompts, wants, samplers));
 }
 
+void begin(Context& context, const std::vector<int>& sequences, const std::vector<Tokens>& tokens,
+           const std::vector<bool>& prompts, const std::vector<std::string>& wants,
+           const std::vector<Sampler*>& samplers) {
+  context.begin(feeds(sequences, tokens, prompts, wants, samplers));
+}
+
 std::vector<Tokens> sample_feeds(Context& context, const std::vector<Sampler*>& samplers,
                                  const std::vector<std::optional<MasksIn>>& masks) {
   const size_t n_words = (size_t(context.model().hyperparameters().n_vocab) + 31) / 32;
@@ -311,6 +317,10 @@ NB_MODULE(_native, m) {
           "release", [](Context& self, const Tokens& blocks) { self.release(blocks); }, nb::arg("blocks"))
       .def("forward", forward, nb::arg("sequences"), nb::arg("tokens"), nb::arg("prompts") = nb::tuple(),
            nb::arg("wants") = nb::tuple(), nb::arg("samplers") = nb::tuple(), no_gil)
+      .def("begin", begin, nb::arg("sequences"), nb::arg("tokens"), nb::arg("prompts") = nb::tuple(),
+           nb::arg("wants") = nb::tuple(), nb::arg("samplers") = nb::tuple(), no_gil)
+      .def("advance", &Context::advance, nb::arg("n_layers"), no_gil)
+      .def("abandon", &Context::abandon)
       .def("sample", sample_feeds, nb::arg("samplers"), nb::arg("masks") = nb::tuple(), no_gil)
       .def("log_probs", log_probs, nb::arg("feed"), nb::arg("tokens"), nb::arg("n_top"), no_gil)
       .def("logits", logits, nb::arg("feed"));

@@ -143,7 +143,7 @@ class Operations {
     std::vector<double> seconds;
     for (int i = -kWarmUps; i < repetitions; ++i) {
       const auto begin = std::chrono::steady_clock::now();
-      backend_->forward(batch, outputs, {}, nullptr, all);
+      backend_->forward(batch, outputs, {}, nullptr, true, all);
       const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
       if (i >= 0) seconds.push_back(taken.count() / double(kPasses * ready.size()));
     }
@@ -202,7 +202,8 @@ class Operations {
     for (int i = 0; i < n; ++i) batch.outputs.push_back(i);
     outputs.take_outputs_of(batch);
     const float* x = arrays_.copy(logits);
-    backend_->forward(batch, outputs, {}, &top, [&](float* out) { backend_->select_outputs(batch, n_vocab, x, out); });
+    backend_->forward(batch, outputs, {}, &top, true,
+                      [&](float* out) { backend_->select_outputs(batch, n_vocab, x, out); });
     std::vector<std::vector<std::pair<int32_t, float>>> found(n);
     for (size_t i = 0; i < top.found.size(); ++i)
       found[i / top.row_size()].emplace_back(top.found[i].token, top.found[i].logit);
@@ -264,7 +265,7 @@ class Operations {
   void step(const Batch& batch, const Operation& operation) {
     Batch outputs;
     outputs.take_outputs_of(batch);
-    backend_->forward(batch, outputs, {}, nullptr, [&](float*) { operation(batch); });
+    backend_->forward(batch, outputs, {}, nullptr, true, [&](float*) { operation(batch); });
   }
 
   std::deque<RawTensors> kept_;

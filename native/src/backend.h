@@ -123,9 +123,9 @@ class Backend {
 
   // Runs a step: operations(out) asks for the operations below, on `batch` and at the end on `outputs`, the tokens of
   // it whose logits are wanted, and for these at `out`; they end up in logits (n_outputs, n_vocab), or only what `top`
-  // wants of them in it, where it is given. A backend may keep what was asked for and do it again for batches of the
-  // same sizes without asking.
-  virtual void forward(const Batch& batch, const Batch& outputs, std::span<float> logits, TopLogits* top,
+  // wants of them in it, where it is given. whole: the same is asked for of all batches of these sizes, so that a
+  // backend may keep it and do it again without asking; else it is a piece of a step.
+  virtual void forward(const Batch& batch, const Batch& outputs, std::span<float> logits, TopLogits* top, bool whole,
                        const std::function<void(float*)>& operations) = 0;
   // The most that TopLogits::n_largest can be; 0: it is not to be asked for, all logits are at hand.
   virtual int max_top_logits() const { return 0; }

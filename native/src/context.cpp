@@ -46,6 +46,7 @@ struct Pass {
   Batch batch;               // but for the blocks, which each part has its own of
   std::vector<Batch> parts;  // the same, with them
   std::vector<float> x;      // (n, n_embd): the residual stream on its way from one part to the next
+  int n_layers = 0;          // that are behind it
   Outputs outputs;
 };
 
@@ -64,6 +65,7 @@ struct Context::State {
         cache(cache_parts(placement, layout), n_ctx,
               KvLayout::blocks_for(options.kv_tokens ? options.kv_tokens : n_ctx)),
         now(n_vocab()),
+        under_way(n_vocab()),
         outputs(n_vocab()) {
     cache.check_memory(n_ctx);
     bool copied = false;
@@ -110,6 +112,7 @@ struct Context::State {
     batch.sequences.clear();
     batch.outputs.clear();
     pass.outputs.start(feeds.size());
+    pass.n_layers = 0;
     for (const Feed& feed : feeds) pass.feeds.push_back({feed.sequence, static_cast<int>(feed.tokens.size())});
     for (const bool prompt : {true, false}) {
       for (size_t i = 0; i < feeds.size(); ++i)
@@ -162,6 +165,7 @@ struct Context::State {
 
   void reserve(Pass& pass) {
     for (const Pass::Fed& feed : pass.feeds) cache.reserve(feed.sequence, feed.n_tokens);
+    if (parts.size() > 1) pass.x.resize(size_t(pass.batch.n()) * model->hyperparameters().n_embd);
     pass.parts.resize(parts.size());
     for (size_t i = 0; i < parts.size(); ++i) {
       Batch& own = pass.parts[i] = pass.batch;
@@ -178,15 +182,25 @@ struct Context::State {
     for (const Pass::Fed& feed : pass.feeds) cache.give_back(feed.sequence);
   }
 
-  // Through all parts.
-  void run(Pass& pass) {
+  // Through so many more layers, at most; whether it has come to its end.
+  bool advance(Pass& pass, int n_layers) {
+    const int n_layer = model->hyperparameters().n_layer;
+    const LayerRange next{pass.n_layers, pass.n_layers + std::min(n_layers, n_layer - pass.n_layers)};
+    const bool ends = next.end == n_layer;
     TopLogits* top = pass.outputs.top();
-    const size_t n_logits = top ? 0 : pass.outputs.n() * n_vocab();
-    outputs.start(0);  // its logits, too, lie where these will
-    std::shared_ptr<float[]> logits = room(n_logits);
-    if (parts.size() > 1) pass.x.resize(size_t(pass.batch.n()) * model->hyperparameters().n_embd);
-    for (size_t i = 0; i < parts.size(); ++i)
-      parts[i].transformer.forward(pass.parts[i], cache.layout(i), pass.x, {logits.get(), n_logits}, top);
+    const size_t n_logits = ends && !top ? pass.outputs.n() * n_vocab() : 0;
+    std::shared_ptr<float[]> logits;
+    if (ends) {
+      outputs.start(0);  // its logits lie where these will
+      logits = room(n_logits);
+    }
+    for (size_t i = 0; i < parts.size(); ++i) {
+      Transformer& own = parts[i].transformer;
+      const LayerRange layers{std::max(next.begin, own.layers().begin), std::min(next.end, own.layers().end)};
+      if (layers.size() > 0) own.forward(pass.parts[i], cache.layout(i), layers, pass.x, {logits.get(), n_logits}, top);
+    }
+    pass.n_layers = next.end;
+    if (!ends) return false;
     pass.outputs.bring(std::move(logits));
     if (!pass.outputs.is_finite())
       throw FileError(model->file().path() +
@@ -194,6 +208,12 @@ struct Context::State {
                       "keys or values for an f16 or q8_0 cache (option kv_type)");
     for (const Pass::Fed& feed : pass.feeds) cache.commit(feed.sequence, feed.n_tokens);
     std::swap(outputs, pass.outputs);
+    return true;
+  }
+
+  void set_under_way(bool is) {
+    for (const Pass::Fed& feed : under_way.feeds) cache.set_busy(feed.sequence, is);
+    is_under_way = is;
   }
 
   // For so many logits: where those before lay, unless somebody still has them, or they were very many.
@@ -215,7 +235,9 @@ struct Context::State {
   std::string why_not_cuda;
   std::vector<Part> parts;  // in the order of their layers
   KvCache cache;
-  Pass now;         // of forward()
+  Pass now;        // of forward()
+  Pass under_way;  // of begin(), if there is one
+  bool is_under_way = false;
   Outputs outputs;  // of the batch that came to its end last
   std::shared_ptr<float[]> logits;
   size_t n_room = 0;  // floats, there
@@ -282,11 +304,37 @@ void Context::release(std::span<const int32_t> blocks) { state_->cache.release(b
 void Context::forward(std::span<const Feed> feeds) {
   state_->start(state_->now, feeds);
   try {
-    state_->run(state_->now);
+    state_->advance(state_->now, n_layer());
   } catch (...) {
     state_->give_back(state_->now);
     throw;
   }
+}
+
+void Context::begin(std::span<const Feed> feeds) {
+  if (state_->is_under_way)
+    throw OptionError("a batch is under way, expected none: advance() it to its end, or abandon() it");
+  state_->start(state_->under_way, feeds);
+  state_->set_under_way(true);
+}
+
+bool Context::advance(int n_layers) {
+  if (!state_->is_under_way) throw OptionError("no batch is under way, expected one: begin() it");
+  try {
+    if (n_layers < 1) throw OptionError("n_layers: found " + std::to_string(n_layers) + ", expected at least 1");
+    const bool ended = state_->advance(state_->under_way, n_layers);
+    if (ended) state_->set_under_way(false);
+    return ended;
+  } catch (...) {
+    abandon();
+    throw;
+  }
+}
+
+void Context::abandon() {
+  if (!state_->is_under_way) return;
+  state_->give_back(state_->under_way);
+  state_->set_under_way(false);
 }
 
 void Context::sample(std::span<Sampler* const> samplers, std::span<const std::span<const int32_t>> masks,

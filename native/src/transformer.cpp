@@ -41,6 +41,7 @@ Transformer::Transformer(const Model& model, LayerRange layers, Backend& backend
         backend.allocate(backend.max_tokens() * features * sizeof(float), "the activations"));
   };
   x_ = activations(p_.n_embd);
+  kept_ = activations(p_.n_embd);
   h_ = activations(p_.n_embd);
   q_ = activations(q_dim(p_));
   k_ = activations(kv_dim(p_));
@@ -51,28 +52,30 @@ Transformer::Transformer(const Model& model, LayerRange layers, Backend& backend
 }
 
 size_t Transformer::activation_bytes(const Hyperparameters& p, int max_tokens) {
-  return 2 * (p.n_embd + q_dim(p) + kv_dim(p) + p.n_ff) * max_tokens * sizeof(float);
+  return (3 * p.n_embd + 2 * (q_dim(p) + kv_dim(p) + p.n_ff)) * max_tokens * sizeof(float);
 }
 
-void Transformer::forward(const Batch& batch, const KvLayout& layout, std::span<float> x, std::span<float> logits,
-                          TopLogits* top) {
+void Transformer::forward(const Batch& batch, const KvLayout& layout, LayerRange layers, std::span<float> x,
+                          std::span<float> logits, TopLogits* top) {
+  const bool whole = layers.size() == range_.size(), ends = layers.end == range_.end;
+  float* stream = whole ? x_ : kept_;
+  auto* bytes = reinterpret_cast<std::byte*>(stream);
   outputs_.take_outputs_of(batch);
-  const auto operations = [&](float* out) { run(batch, layout, out); };
-  auto* stream = reinterpret_cast<std::byte*>(x_);
-  if (!first()) backend_.write(stream, x.data(), x.size_bytes());
-  if (last()) {
-    backend_.forward(batch, outputs_, logits, top, std::ref(operations));
+  const auto operations = [&](float* out) { run(batch, layout, layers, stream, out); };
+  if (layers.begin == range_.begin && !first()) backend_.write(bytes, x.data(), x.size_bytes());
+  if (ends && last()) {
+    backend_.forward(batch, outputs_, logits, top, whole, std::ref(operations));
   } else {
-    backend_.forward(batch, outputs_, {}, nullptr, std::ref(operations));
-    backend_.read(stream, x.data(), x.size_bytes());
+    backend_.forward(batch, outputs_, {}, nullptr, whole, std::ref(operations));
+    if (ends) backend_.read(bytes, x.data(), x.size_bytes());
   }
 }
 
-void Transformer::run(const Batch& all, const KvLayout& layout, float* logits) {
+void Transformer::run(const Batch& all, const KvLayout& layout, LayerRange layers, float* x, float* logits) {
   Backend& b = backend_;
-  float *x = x_, *h = h_, *q = q_, *attn = attn_;
-  if (first()) b.embed(all, token_embd_, x);
-  for (int i = range_.begin; i < range_.end; ++i) {
+  float *h = h_, *q = q_, *attn = attn_;
+  if (layers.begin == 0) b.embed(all, token_embd_, x);
+  for (int i = layers.begin; i < layers.end; ++i) {
     const int own = i - range_.begin;
     const Layer& layer = layers_[own];
     b.rms_norm(x, all.n(), p_.n_embd, layer.attn_norm, p_.rms_eps, h);
@@ -100,7 +103,7 @@ void Transformer::run(const Batch& all, const KvLayout& layout, float* logits) {
     b.apply({{*layer.ffn_down, h}}, gate_, n, batch.n_prompt);
     b.add(x, h, size_t(n) * p_.n_embd);
   }
-  if (!last()) return;
+  if (layers.end < p_.n_layer) return;
   const int n = outputs_.n();
   b.rms_norm(x, n, p_.n_embd, output_norm_, p_.rms_eps, h);
   b.apply({{*output_, logits}}, h, n, 0);

@@ -17,11 +17,13 @@ class Transformer {
   Transformer(const Model& model, LayerRange layers, Backend& backend, bool rounded,
               const std::function<void(int, int)>& progress);
 
-  // Stores the batch's keys and values into the cache, which has these layers only. At most backend.max_tokens()
-  // tokens. x (n, n_embd), in the host's memory: the residual stream, taken from there unless first(), left there
-  // unless last(). Then it puts the logits of batch.outputs into logits (n_outputs, n_vocab), or what `top` wants of
-  // them there.
-  void forward(const Batch& batch, const KvLayout& layout, std::span<float> x, std::span<float> logits, TopLogits* top);
+  // Takes a batch of at most backend.max_tokens() tokens through these of the layers(), and stores its keys and values
+  // into the cache, which has layers() only. x (n, n_embd), in the host's memory: the residual stream, taken from there
+  // before the first of layers(), unless first(), left there after the last one, unless last(). Then it puts the logits
+  // of batch.outputs into logits (n_outputs, n_vocab), or what `top` wants of them there.
+  // One batch at a time may go through layers() in pieces, the others as a whole in between.
+  void forward(const Batch& batch, const KvLayout& layout, LayerRange layers, std::span<float> x,
+               std::span<float> logits, TopLogits* top);
 
   // What a Transformer allocates of a backend for batches of so many tokens.
   static size_t activation_bytes(const Hyperparameters& p, int max_tokens);
@@ -37,8 +39,8 @@ class Transformer {
     int sliding_window;
   };
 
-  // The formula of the model; logits in the backend's memory.
-  void run(const Batch& all, const KvLayout& layout, float* logits);
+  // The formula of the model; x (the residual stream) and logits in the backend's memory.
+  void run(const Batch& all, const KvLayout& layout, LayerRange layers, float* x, float* logits);
 
   const Hyperparameters& p_;
   LayerRange range_;
@@ -50,7 +52,8 @@ class Transformer {
   std::vector<Layer> layers_;
   Batch outputs_;  // of the batch at hand
 
-  float* x_;     // (max_tokens, n_embd)               the residual stream
+  float* x_;     // (max_tokens, n_embd)               the residual stream of a batch that goes through all layers
+  float* kept_;  // (max_tokens, n_embd)               that of one that stops in between: all else is used by others
   float* h_;     // (max_tokens, n_embd)               normalised, or a layer's result
   float* q_;     // (max_tokens, n_head, head_dim)
   float* k_;     // (max_tokens, n_head_kv, head_dim)

@@ -88,6 +88,14 @@ class Context {
   // they were. Throws OptionError, OutOfMemoryError, FileError (logits that are not finite), DeviceError.
   void forward(std::span<const Feed> feeds);
 
+  // The same, but computed by advance(), some layers at a time. At most one batch is under way; forward() may come in
+  // between, with other sequences: those of the batch under way are busy, and feeding, truncating or freeing one throws
+  // OptionError.
+  void begin(std::span<const Feed> feeds);
+  // So many more layers of the batch under way; true: it has come to its end, as forward() does. An error abandons it.
+  bool advance(int n_layers);
+  void abandon();  // the batch under way never was; without one nothing happens
+
   // Of the batch that came to its end last:
 
   // Each feed's next tokens, none without a sampler: drawn from the logits of its first wanted token on, as long as the

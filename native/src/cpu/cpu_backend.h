@@ -33,7 +33,7 @@ class CpuBackend : public Backend {
   const float* vector(const Tensor& weights) override;
   const float* vector(const std::vector<float>& values) override;
 
-  void forward(const Batch&, const Batch&, std::span<float> logits, TopLogits*,
+  void forward(const Batch&, const Batch&, std::span<float> logits, TopLogits*, bool,
                const std::function<void(float*)>& operations) override {
     operations(logits.data());
   }

@@ -185,7 +185,7 @@ void* CudaBackend::grown(Buffer& buffer, size_t bytes, const char* what) {
   return buffer.data;
 }
 
-void CudaBackend::forward(const Batch& batch, const Batch& outputs, std::span<float> logits, TopLogits* top,
+void CudaBackend::forward(const Batch& batch, const Batch& outputs, std::span<float> logits, TopLogits* top, bool whole,
                           const std::function<void(float*)>& operations) {
   const CurrentDevice current(device_);
   batches_->upload(batch, outputs, stream_);
@@ -193,7 +193,7 @@ void CudaBackend::forward(const Batch& batch, const Batch& outputs, std::span<fl
   addresses_ = batches_->addresses();
   const size_t n_logits = top ? size_t(outputs.n()) * top->n_vocab : logits.size();
   auto* out = static_cast<float*>(grown(logits_, n_logits * sizeof(float), "allocating the logits"));
-  if (batch.n_prompt == 0 && outputs.n() == batch.n() && batch.n() <= kFewTokens)
+  if (whole && batch.n_prompt == 0 && outputs.n() == batch.n() && batch.n() <= kFewTokens)
     play(batch.n(), operations, out);
   else
     operations(out);

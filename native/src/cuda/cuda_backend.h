@@ -54,7 +54,7 @@ class CudaBackend : public Backend {
   const float* vector(const Tensor& weights) override;
   const float* vector(const std::vector<float>& values) override;
 
-  void forward(const Batch& batch, const Batch& outputs, std::span<float> logits, TopLogits* top,
+  void forward(const Batch& batch, const Batch& outputs, std::span<float> logits, TopLogits* top, bool whole,
                const std::function<void(float*)>& operations) override;
   int max_top_logits() const override { return 512; }
   void embed(const Batch& batch, const Tensor& table, float* x) override;
