@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from configurations import BOS, EOS_IDS, VOCAB_SIZE
 from converted import keys
-from feeding import prefill
 
 from vptq_runtime import (
     FileError,

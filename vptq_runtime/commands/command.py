@@ -9,7 +9,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from vptq_runtime.errors import FileError, OptionError, VPTQError
 
@@ -125,29 +125,14 @@ def options_as_typed(options: Mapping[str, str], given: Mapping[str, str]) -> It
 
 
 @contextlib.contextmanager
-def open_runtime(
-    path: str | os.PathLike[str],
-    arguments: Namespace,
-    *,
-    n_ctx: int | None = None,
-    parallel: int | None = None,
-) -> Iterator[Runtime]:
-    """The model of a file, by the options of add_context_options (but for n_ctx, if it is given) and
-    add_backend_options."""
+def open_runtime(path: str | os.PathLike[str], arguments: Namespace, **others: Any) -> Iterator[Runtime]:
+    """The model of a file, by the options of add_context_options and add_backend_options; others: of Runtime,
+    these or more."""
     from vptq_runtime.runtime import Runtime  # only now: --help and wrong usage should not wait for it
 
+    given = {name: getattr(arguments, name) for name in RUNTIME_OPTIONS if name in arguments}
     with _loading_bar() as progress:
-        runtime = Runtime(
-            path,
-            device=arguments.device,
-            gpu_layers=arguments.gpu_layers,
-            n_ctx=arguments.n_ctx if n_ctx is None else n_ctx,
-            n_threads=arguments.n_threads,
-            kv_type=arguments.kv_type,
-            precision=arguments.precision,
-            parallel=parallel,
-            progress=progress,
-        )
+        runtime = Runtime(path, **given | others, progress=progress)
     with runtime:
         if runtime.n_ctx > runtime.n_ctx_train:
             trained = f"more than the {runtime.n_ctx_train} that the model was trained on"

@@ -14,6 +14,7 @@ import pytest
 
 from vptq_runtime import Runtime, demo_path
 from vptq_runtime.commands import run as cli
+from vptq_runtime.commands.chat import COMMANDS
 
 COMMAND = [str(Path(sys.executable).with_name("vptq-run"))]  # as installed, whatever the working directory
 GREEDY = ["--temp", "0"]
@@ -73,7 +74,7 @@ def test_json(runtime: Runtime, model: Path) -> None:
     result = json.loads(done.stdout)
     expected = runtime.generate("the", max_tokens=5, seed=3, stop="xyz")
     assert result.pop("timings").keys() == {
-        *("load_s", "prompt_tokens", "prompt_s", "prompt_tokens_per_s"),
+        *("load_s", "queue_s", "prompt_tokens", "prompt_s", "prompt_tokens_per_s"),
         *("decode_tokens", "decode_s", "decode_tokens_per_s"),
     }
     assert result == {
@@ -85,6 +86,7 @@ def test_json(runtime: Runtime, model: Path) -> None:
         "text": expected.text,
         "tokens": expected.tokens,
         "finish_reason": "length",
+        "n_cached": 0,
     }
     assert done.stderr == b""
 
@@ -107,7 +109,8 @@ def test_every_option_arrives(
     monkeypatch.setattr(Runtime, "__init__", spying_init)
     monkeypatch.setattr(Runtime, "generate", spying_generate)
     options = "-n 7 -c 99 -t 1 --device cpu --temp 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 --repeat-penalty 1.1"
-    more = "--seed 4 --stop a --stop b --kv-type f32 --precision f32 -ngl 0"
+    more = "--seed 4 --stop a --stop b --kv-type f32 --precision f32 -ngl 0 --presence-penalty 0.5"
+    more += " --frequency-penalty -1 --logprobs 2 --speculate off --regex a+"
     assert cli.main(["-m", str(model), "-p", "a", *options.split(), *more.split()]) == 0
     assert seen == {
         "max_tokens": 7,
@@ -124,6 +127,14 @@ def test_every_option_arrives(
         "stop": ["a", "b"],
         "kv_type": "f32",
         "precision": "f32",
+        "presence_penalty": 0.5,
+        "frequency_penalty": -1.0,
+        "logprobs": 2,
+        "speculate": "off",
+        "json_schema": None,
+        "regex": "a+",
+        "grammar": None,
+        "parallel": None,
         "progress": None,  # standard error is no terminal
         "stream": True,
     }
@@ -342,14 +353,14 @@ def test_chat_reports_each_reply(model: Path) -> None:
 def test_chat_commands(model: Path) -> None:
     done = run("-m", model, "--chat", "-n", "5", given=b"/help\n /quit \nthe fox\n")
     assert (done.returncode, done.stdout) == (0, b"")
-    assert done.stderr.decode() == cli.CHAT_COMMANDS + "\n"
-    assert all(f"/{name}" in cli.CHAT_COMMANDS for name in ("exit", "quit", "reset", "help"))
+    assert done.stderr.decode() == COMMANDS + "\n"
+    assert all(f"/{name}" in COMMANDS for name in ("exit", "quit", "reset", "help"))
 
 
 def test_an_unknown_chat_command_is_not_sent_to_the_model(model: Path) -> None:
     done = run("-m", model, "--chat", "-n", "5", given=b"/rest\n")
     assert (done.returncode, done.stdout) == (0, b"")
-    assert done.stderr.decode() == f"no such command: /rest; {cli.CHAT_COMMANDS}\n"
+    assert done.stderr.decode() == f"no such command: /rest; {COMMANDS}\n"
     assert run("-m", model, "--chat", "-n", "5", given=b"/etc/hosts\n").stdout
 
 
