@@ -157,6 +157,10 @@ def test_blocks_that_cannot_be_shared(context: _native.Context) -> None:
             with pytest.raises(OptionError, match=f"^found block {block}, expected one that is in use$"):
                 use([first, block])
     prefill(context, [sequence], [TOKENS[:24]])
+    context.truncate(sequence, 50)
+    with pytest.raises(OptionError, match=f"^prefix: found block {last} with 18 tokens, expected full ones"):
+        context.new_sequence([first, last])
+    prefill(context, [sequence], [TOKENS[:14]])
     context.new_sequence([first, last])
     context.hold([first])
     for blocks, wrong in (([first, first], first), ([first, last], last), ([-1], -1), ([9], 9)):
@@ -275,6 +279,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.held: list[tuple[list[int], list[int]]] = []  # blocks, and the tokens of the full ones
         self.n_users = [0] * self.N_BLOCKS
         self.free = list(range(self.N_BLOCKS))[::-1]  # the last one is the next
+        self.new()
+        self.append(0, TOKENS[:70])
+        self.fork(self.blocks[0][:2], TOKENS[:64])
 
     def use(self, blocks: list[int]) -> None:
         for block in blocks:
@@ -302,32 +309,28 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def fork_a_sequence(self, data: st.DataObject) -> None:
         sequence = data.draw(st.sampled_from(sorted(self.tokens)))
-        n = data.draw(st.integers(0, len(self.tokens[sequence]) // BLOCK))
+        n = max(len(self.tokens[sequence]) // BLOCK - data.draw(st.integers(0, 1)), 0)
         self.fork(self.blocks[sequence][:n], self.tokens[sequence][: n * BLOCK])
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def fork_what_is_held(self, data: st.DataObject) -> None:
         blocks, tokens = data.draw(st.sampled_from(self.held))
-        n = data.draw(st.integers(0, len(tokens) // BLOCK))
+        n = max(len(tokens) // BLOCK - data.draw(st.integers(0, 1)), 0)
         self.fork(blocks[:n], tokens[: n * BLOCK])
 
     @precondition(lambda self: self.tokens)
-    @rule(data=st.data(), n=st.integers(1, 2 * BLOCK), seed=st.integers(0, 3))
+    @rule(data=st.data(), n=st.sampled_from([64, 33, 32, 31, 7, 1]), seed=st.integers(0, 3))
     def extend(self, data: st.DataObject, n: int, seed: int) -> None:
         sequence = data.draw(st.sampled_from(sorted(self.tokens)))
+        self.append(sequence, np.random.default_rng(seed).integers(N_VOCAB, size=n).tolist())
+
+    def append(self, sequence: int, new: list[int]) -> None:
         tokens, blocks = self.tokens[sequence], self.blocks[sequence]
-        new = np.random.default_rng(seed).integers(N_VOCAB, size=n).tolist()
-        lacking = -(-(len(tokens) + n) // BLOCK) - len(blocks)
-        error = (
-            OptionError
-            if len(tokens) + n > self.N_CTX
-            else OutOfMemoryError
-            if lacking > len(self.free)
-            else None
-        )
-        if error:
-            with pytest.raises(error):
+        lacking = -(-(len(tokens) + len(new)) // BLOCK) - len(blocks)
+        too_long = len(tokens) + len(new) > self.N_CTX
+        if too_long or lacking > len(self.free):
+            with pytest.raises(OptionError if too_long else OutOfMemoryError):
                 prefill(self.context, [sequence], [new])
             return
         prefill(self.context, [sequence], [new])
@@ -435,7 +438,7 @@ def test_against_a_plain_model_of_it(model: _native.Model, device: str) -> None:
         pass
 
     Machine.model, Machine.device = model, device
-    n = 60 if device == "cpu" else 8
+    n = 100 if device == "cpu" else 8
     run_state_machine_as_test(
         Machine, settings=settings(max_examples=n, stateful_step_count=40, deadline=None)
     )

@@ -1,4 +1,4 @@
-"""A batch that goes through the layers in pieces gives the numbers that it gives whole, among whatever others."""
+"""A batch that goes through the layers in pieces gives the numbers that it gives whole, in any company."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -26,11 +26,14 @@ void TopLogitsReader::read(const float* logits, int n, TopLogits& top, Stream st
   top.found.assign(found, found + found_bytes / sizeof(Candidate));
 }
 
-// The step before is done: nothing uses the memory.
+// The step before is done: nothing uses the memory. It grows by half at least, as with each step more may be wanted.
 void TopLogitsReader::reserve(size_t host_bytes, size_t device_bytes) {
+  const auto grown = [](size_t wanted, size_t before) {
+    return wanted > before ? std::max(wanted, before + before / 2) : before;
+  };
   if (host_bytes <= host_bytes_ && device_bytes <= device_bytes_) return;
-  host_bytes = std::max(host_bytes, host_bytes_);
-  device_bytes = std::max(device_bytes, device_bytes_);
+  host_bytes = grown(host_bytes, host_bytes_);
+  device_bytes = grown(device_bytes, device_bytes_);
   free();
   void *host = nullptr, *device = nullptr;
   check(cudaMallocHost(&host, host_bytes), "allocating pinned memory");
