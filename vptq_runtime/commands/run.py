@@ -53,9 +53,9 @@ Prompts are taken as they are: \\n in one is a backslash and an n (bash has $'\\
   vptq-run -m model.gguf --prompts prompts.jsonl --parallel 16 > results.jsonl
 
 --prompts takes a text file with a prompt in each line, or, where its name ends with .jsonl, an object in
-each: "prompt" (a text, or token ids) or "messages" (for a chat), if need be an "id", which its result repeats, and
-options of the Python API (max_tokens, temperature, json_schema ...). Results are a JSON object a line, in the
-same order.
+each: "prompt" (a text, or token ids) or "messages" (for a chat), if need be an "id", which its result
+repeats, and options of the Python API (max_tokens, temperature, json_schema ...). Results are a JSON object a
+line, in the same order.
 
 Exit status: 0 done, 1 an error, 2 wrong usage, 130 stopped by Ctrl-C.
 """
