@@ -35,6 +35,10 @@ memory bandwidth, which is measured as what numpy reads with as many threads. On
 copies within its memory, bytes read and written, and all that is said of memory is of the GPU's, also where
 --gpu-layers leaves other layers to the CPU.
 
+With --engine, eg128x8 is what tg128x8 is, for requests that go through the engine, as all that vptq-run
+computes does. ng128 is one request with n-gram drafts, on a text of one token over and over: all drafts are
+right, so it is what guesses ahead can bring at most. What it reads a token depends on them, and is not said.
+
 Without logits only q, k and v of the last layer run. So --layers N counts what a prompt runs as N - 1 layers
 and the share of a layer's weights that these three have; and what decoding takes without the output matrix,
 which is measured apart, in float32, as N - 1 layers and these three's share of the bytes.
@@ -89,6 +93,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="N,...",
         type=_numbers,
         help="of the CPU (default: one for each physical core); not for a GPU",
+    )
+    p.add_argument(
+        "--engine",
+        action="store_true",
+        help="also through the engine: decoding by requests (eg128), and with guesses ahead (ng128)",
     )
     p.add_argument("-r", "--repetitions", metavar="N", type=int, default=3, help="default: %(default)s")
     command.add_backend_options(p)
@@ -160,6 +169,8 @@ def _measure(arguments: argparse.Namespace) -> None:
     from vptq_runtime.bench import machine  # only now: --help and wrong usage should not wait for it
 
     _check(arguments)
+    if arguments.engine and arguments.layers is not None:
+        raise OptionError("--engine: found --layers beside it, expected a whole model")
     no_gpu = arguments.device == "auto" and arguments.gpu_layers == 0
     device = machine.find("cpu" if no_gpu else arguments.device)
     tests = _tests(arguments, device)
@@ -178,7 +189,12 @@ def _measure(arguments: argparse.Namespace) -> None:
             "layers_measured": layers_measured,  # from which the speeds are extrapolated; null: all there are
         },
         "results": [
-            _result(test, seconds, facts.bytes_per_token(test, measured.n_batch), bandwidth[test.threads])
+            _result(
+                test,
+                seconds,
+                None if test.kind == "ng" else facts.bytes_per_token(test, measured.n_batch),
+                bandwidth[test.threads],
+            )
             | {"extrapolated": layers_measured is not None}
             for test, seconds in measured.seconds.items()
         ],
@@ -240,7 +256,7 @@ def _run_synthetic(arguments: argparse.Namespace, tests: list[SpeedTest], device
 
 
 def _result(
-    test: SpeedTest, seconds: list[float], bytes_per_token: float, bandwidth: float
+    test: SpeedTest, seconds: list[float], bytes_per_token: float | None, bandwidth: float
 ) -> dict[str, Any]:
     speeds = [test.n_all / s for s in seconds]
     return {
@@ -252,7 +268,7 @@ def _result(
         "tok_s": fmean(speeds),
         "tok_s_std": stdev(speeds) if len(speeds) > 1 else 0.0,
         "bytes_per_token": bytes_per_token,
-        "bandwidth_share": bytes_per_token * fmean(speeds) / bandwidth,
+        "bandwidth_share": None if bytes_per_token is None else bytes_per_token * fmean(speeds) / bandwidth,
     }
 
 
@@ -288,7 +304,11 @@ def _tests(arguments: argparse.Namespace, device: Cpu | Gpu) -> list[SpeedTest]:
     for n_threads in dict.fromkeys(threads):
         tests += [SpeedTest("pp", n, n_threads) for n in dict.fromkeys(arguments.n_prompt) if n]
         if arguments.n_gen:
-            tests += [SpeedTest("tg", arguments.n_gen, n_threads, n) for n in dict.fromkeys(arguments.batch)]
+            batches = dict.fromkeys(arguments.batch)
+            tests += [SpeedTest("tg", arguments.n_gen, n_threads, n) for n in batches]
+            if arguments.engine:
+                tests += [SpeedTest("eg", arguments.n_gen, n_threads, n) for n in batches]
+                tests.append(SpeedTest("ng", arguments.n_gen, n_threads))
     return tests
 
 

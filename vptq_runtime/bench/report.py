@@ -88,8 +88,8 @@ def _rows(report: dict[str, Any]) -> list[list[str]]:
             *([str(result["threads"])] if result["threads"] else []),
             result["test"],
             _speed(result["tok_s"], result["tok_s_std"]),
-            _size(result["bytes_per_token"]),
-            f"{result['bandwidth_share']:.1%}",
+            "" if result["bytes_per_token"] is None else _size(result["bytes_per_token"]),
+            "" if result["bandwidth_share"] is None else f"{result['bandwidth_share']:.1%}",
         ]
         for result in report["results"]
     ]

@@ -19,6 +19,7 @@ REST_BYTES = 150 << 20  # the interpreter, its libraries, the activations
 # What every token needs of the last layer, for its keys and values; the rest of it is for those whose logits
 # are wanted.
 LAST_FOR_ALL = ("attn_q", "attn_k", "attn_v")
+ENGINE_KINDS = ("eg", "ng")
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, "seed": 0}
 
 Status = Callable[[str], AbstractContextManager[object]]  # says what is being done as long as it lasts
@@ -27,7 +28,8 @@ Status = Callable[[str], AbstractContextManager[object]]  # says what is being d
 @dataclass(frozen=True)
 class SpeedTest:
     """pp512: a prompt of 512 tokens, without logits; tg128: 128 tokens decoded one by one, tg128x8: by 8
-    sequences together; layers128: as tg128, but without logits. All from an empty context."""
+    sequences together; layers128: as tg128, but without logits; eg128x8: as tg128x8, by requests through the
+    engine; ng128: as eg128, with n-gram drafts that are all right. All from an empty context."""
 
     kind: str
     n_tokens: int  # of a sequence
@@ -186,7 +188,9 @@ def measure(
     The "layers" tests always in f32: what they feed is a prompt only to the runtime, and stands for tokens
     that are generated. peak_memory is asked before each context ends.
     """
-    n_ctx = max(test.n_tokens for test in tests)
+    from vptq_runtime.bench.engine_speed import run_engine
+
+    n_ctx = max(test.n_tokens for test in tests) + 1  # requests begin with a token
     # A sequence's last block may be almost empty.
     kv_tokens = max(test.n_sequences * (test.n_tokens + BLOCK_TOKENS) for test in tests)
     load_s, peak = 0.0, 0
@@ -210,7 +214,8 @@ def measure(
         load_s = load_s or open_s + time.perf_counter() - begin
         for test in group:
             with status(test.name + (f", threads: {n_threads}" if n_threads else "")):
-                seconds[test] = _run(context, test, repetitions, model.n_vocab)
+                run = run_engine if test.kind in ENGINE_KINDS else _run
+                seconds[test] = run(context, test, repetitions, model.n_vocab)
         device_name, n_batch = context.device, context.n_batch
         peak = max(peak, peak_memory())
         del context  # before the next one takes its memory

@@ -44,7 +44,7 @@ class Context(Protocol):
         sequences: Sequence[int],
         tokens: Sequence[Sequence[int]],
         prompts: Sequence[bool] = (),
-        wants: Sequence[str] = (),
+        wants: Sequence[Want] = (),
         samplers: Sequence[Any] = (),
     ) -> None: ...
     def begin(
@@ -52,7 +52,7 @@ class Context(Protocol):
         sequences: Sequence[int],
         tokens: Sequence[Sequence[int]],
         prompts: Sequence[bool] = (),
-        wants: Sequence[str] = (),
+        wants: Sequence[Want] = (),
         samplers: Sequence[Any] = (),
     ) -> None: ...
     def advance(self, n_layers: int) -> bool: ...
@@ -146,7 +146,7 @@ class Batch:
         except Exception as failed:  # no memory for the logits, say
             return Drawn([], [], failed)
 
-    def _arguments(self) -> tuple[list[int], list[list[int]], list[bool], list[str], list[Any]]:
+    def _arguments(self) -> tuple[list[int], list[list[int]], list[bool], list[Want], list[Any]]:
         # A GPU hands over only the logits that the samplers need, unless somebody needs all of them.
         all_logits = any(
             feed.want != "none" and (not feed.draws or feed.request.needs_all_logits) for feed in self.feeds

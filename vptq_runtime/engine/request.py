@@ -48,7 +48,7 @@ class Request:
     """
 
     prompt: list[int]
-    sampler: Sampler
+    sampler: Sampler | None  # None where nothing is drawn
     max_tokens: int  # 0: only the prompt's log-probabilities are wanted
     min_tokens: int = 0
     end_tokens: frozenset[int] = frozenset()

@@ -248,6 +248,23 @@ def test_sequences_decoded_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert together["bytes_per_token"] < alone["bytes_per_token"]
 
 
+def test_through_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
+    """The same bytes as of the native calls; of guesses they are not known."""
+    options = ["-p", "0", "-n", "12", "-b", "1,3", "-t", "1", "-r", "2", "--engine"]
+    assert run(*options, "--json") == 0
+    results = {r["test"]: r for r in json.loads(capsys.readouterr().out)["results"]}
+    assert list(results) == ["tg12", "tg12x3", "eg12", "eg12x3", "ng12"]
+    for name in ("12", "12x3"):
+        assert results[f"eg{name}"]["bytes_per_token"] == results[f"tg{name}"]["bytes_per_token"]
+        assert results[f"eg{name}"]["n_tokens"] == results[f"tg{name}"]["n_tokens"]
+    assert results["ng12"]["bytes_per_token"] is results["ng12"]["bandwidth_share"] is None
+    assert results["ng12"]["tok_s"] > 0
+    assert run(*options, "--md") == 0
+    assert re.search(
+        r"^\| tiny \|.* ng12 \| [\d.]+ ± [\d.]+ \|  \|  \|$", capsys.readouterr().out, re.MULTILINE
+    )
+
+
 def test_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arrays = tensors()
     path = write(tmp_path / "tiny|1.gguf", KEYS, arrays)
@@ -369,6 +386,7 @@ def test_some_layers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         (["--quant", "v٨-k256-0"], "--quant: found 'v٨-k256-0'"),
         (["--quant", ""], "--quant: found ''"),
         (["--layers", "1"], "--layers: found 1, expected a whole number, at least 2 and at most 3"),
+        (["--layers", "2", "--engine"], "--engine: found --layers beside it, expected a whole model"),
         (["--layers", "4"], "--layers: found 4"),
         (["--layers", "-1"], "--layers: found -1"),
         (["-p", "0", "-n", "0"], "found 0 for both"),
