@@ -99,8 +99,10 @@ class DenseModel:
             piece = self._torch.tensor([list(tokens[start:end])], device=self._device)
             wanted = start >= first
             with self._torch.inference_mode(), self._errors("compute"):
-                logits = self._model(  # logits_to_keep: 0 is all; what is only fed computes the last one's
-                    piece, past_key_values=cache, use_cache=True, logits_to_keep=0 if wanted else 1
+                # The cache is the fourth argument, behind masks and positions: its name depends on the version.
+                # logits_to_keep: 0 is all; what is only fed computes the last one's.
+                logits = self._model(
+                    piece, None, None, cache, use_cache=True, logits_to_keep=0 if wanted else 1
                 ).logits[0]
             if wanted:
                 values: NDArray[np.float32] = logits.float().cpu().numpy()
