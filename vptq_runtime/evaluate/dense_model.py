@@ -99,7 +99,7 @@ class DenseModel:
             piece = self._torch.tensor([list(tokens[start:end])], device=self._device)
             wanted = start >= first
             with self._torch.inference_mode(), self._errors("compute"):
-                # The cache is the fourth argument, behind masks and positions: its name depends on the version.
+                # The cache is the fourth argument, behind mask and positions: its name differs by version.
                 # logits_to_keep: 0 is all; what is only fed computes the last one's.
                 logits = self._model(
                     piece, None, None, cache, use_cache=True, logits_to_keep=0 if wanted else 1
