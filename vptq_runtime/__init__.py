@@ -2,7 +2,6 @@
 
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vptq_runtime.errors import (
@@ -15,19 +14,46 @@ from vptq_runtime.errors import (
 )
 
 if TYPE_CHECKING:
-    from vptq_runtime.runtime import Generation, Runtime
+    from vptq_runtime.generation import Generation, GenerationStream, Timings
+    from vptq_runtime.runtime import Runtime
 
 __all__ = [
     "DeviceError",
     "FileError",
     "Generation",
+    "GenerationStream",
     "OptionError",
     "OutOfMemoryError",
     "Runtime",
+    "Timings",
     "UnsupportedError",
     "VPTQError",
     "demo_path",
 ]
+# Of the distribution, too, and of the native library.
+__version__ = "0.1.0"
+
+# Loaded on first use: the converter needs only the errors, not the native library and the tokenizers.
+_LAZY = {
+    "Generation": "vptq_runtime.generation",
+    "GenerationStream": "vptq_runtime.generation",
+    "Runtime": "vptq_runtime.runtime",
+    "Timings": "vptq_runtime.generation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "_native":
+        from vptq_runtime import native_library
+
+        return native_library.load()
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'vptq_runtime' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
 
 
 def demo_path() -> Path:
@@ -39,26 +65,3 @@ def demo_path() -> Path:
     if not path.is_file():
         raise FileError(f"{path}: found no demo model in this installation, expected one: give a model file")
     return path
-
-
-def __getattr__(name: str) -> Any:
-    # Loaded on first use: the converter needs only the errors, not the native library and the tokenizers.
-    if name == "_native":
-        return _import_native()
-    if name in ("Generation", "Runtime"):
-        from vptq_runtime import runtime
-
-        return getattr(runtime, name)
-    raise AttributeError(f"module 'vptq_runtime' has no attribute {name!r}")
-
-
-def _import_native() -> ModuleType:
-    try:
-        return import_module("vptq_runtime._native")
-    except ModuleNotFoundError as error:
-        if error.name != "vptq_runtime._native":
-            raise
-        raise ImportError(
-            f"{Path(__file__).parent} has no native library: a source tree, which hides an installed one; "
-            "start Python elsewhere, or install the tree as editable (docs/hacking.md)"
-        ) from None

@@ -157,9 +157,9 @@ class Options:
 
     def sampler(self, index: int) -> Sampler:
         """The sampler of a batch's prompt number `index`, seeded with seed + index."""
-        from vptq_runtime._native import Sampler
+        from vptq_runtime import _native
 
-        return Sampler(
+        return _native.Sampler(
             temperature=float(self.temperature),
             top_k=min(self.top_k, 2**31 - 1),
             top_p=float(self.top_p),

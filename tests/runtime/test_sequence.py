@@ -2,7 +2,7 @@
 
 import pytest
 
-from vptq_runtime._native import Sampler
+from vptq_runtime import _native
 from vptq_runtime.sequence import DecodingSequence
 from vptq_runtime.text.text_stream import TextStream
 from vptq_runtime.text.tokenizer import Tokenizer
@@ -17,7 +17,7 @@ def tokenizer(byte_fallback: str) -> Tokenizer:
 
 
 def sequence_of(tokenizer: Tokenizer, max_tokens: int, stop: tuple[str, ...] = ()) -> DecodingSequence:
-    sampler = Sampler(temperature=0, top_k=0, top_p=1, min_p=0, repeat_penalty=1, seed=0)
+    sampler = _native.Sampler(temperature=0, top_k=0, top_p=1, min_p=0, repeat_penalty=1, seed=0)
     return DecodingSequence([0], max_tokens, sampler, frozenset([EOS]), TextStream(tokenizer, stop))
 
 
