@@ -63,7 +63,8 @@ class Reference:
         tokens = []
         for _ in range(n):
             with torch.inference_mode():
-                logits = self.model(new, past_key_values=cache, use_cache=True).logits[:, -1]
+                # Input, mask, positions, cache: the cache's name depends on the version.
+                logits = self.model(new, None, None, cache, use_cache=True).logits[:, -1]
             best = logits.topk(2)
             margins = torch.minimum(margins, best.values[:, 0] - best.values[:, 1])
             new = best.indices[:, :1]

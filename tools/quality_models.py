@@ -18,7 +18,7 @@ from vptq_quantizer import QuantizeOptions, quantize
 from vptq_runtime import Runtime
 from vptq_runtime.commands import command
 from vptq_runtime.errors import OptionError, VPTQError
-from vptq_runtime.evaluate.perplexity import compare
+from vptq_runtime.evaluate import compare
 
 DENSE = "dense"
 LLAMACPP = "llama.cpp"  # in place of a step

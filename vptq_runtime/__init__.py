@@ -2,7 +2,6 @@
 
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vptq_runtime.errors import (
@@ -16,7 +15,10 @@ from vptq_runtime.errors import (
 )
 
 if TYPE_CHECKING:
-    from vptq_runtime.runtime import EngineStats, Generation, GenerationStream, Runtime
+    from vptq_runtime.engine.engine import EngineStats
+    from vptq_runtime.engine.stream import GenerationStream
+    from vptq_runtime.generation import Generation, Timings, TokenLogprob
+    from vptq_runtime.runtime import Runtime
 
 __all__ = [
     "BusyError",
@@ -28,10 +30,38 @@ __all__ = [
     "OptionError",
     "OutOfMemoryError",
     "Runtime",
+    "Timings",
+    "TokenLogprob",
     "UnsupportedError",
     "VPTQError",
     "demo_path",
 ]
+# Of the distribution, too, and of the native library.
+__version__ = "0.1.0"
+
+# Loaded on first use: the converter needs only the errors, not the native library and the tokenizers.
+_LAZY = {
+    "EngineStats": "vptq_runtime.engine.engine",
+    "Generation": "vptq_runtime.generation",
+    "GenerationStream": "vptq_runtime.engine.stream",
+    "Runtime": "vptq_runtime.runtime",
+    "Timings": "vptq_runtime.generation",
+    "TokenLogprob": "vptq_runtime.generation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "_native":
+        from vptq_runtime import native_library
+
+        return native_library.load()
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'vptq_runtime' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
 
 
 def demo_path() -> Path:
@@ -43,26 +73,3 @@ def demo_path() -> Path:
     if not path.is_file():
         raise FileError(f"{path}: found no demo model in this installation, expected one: give a model file")
     return path
-
-
-def __getattr__(name: str) -> Any:
-    # Loaded on first use: the converter needs only the errors, not the native library and the tokenizers.
-    if name == "_native":
-        return _import_native()
-    if name in ("EngineStats", "Generation", "GenerationStream", "Runtime"):
-        from vptq_runtime import runtime
-
-        return getattr(runtime, name)
-    raise AttributeError(f"module 'vptq_runtime' has no attribute {name!r}")
-
-
-def _import_native() -> ModuleType:
-    try:
-        return import_module("vptq_runtime._native")
-    except ModuleNotFoundError as error:
-        if error.name != "vptq_runtime._native":
-            raise
-        raise ImportError(
-            f"{Path(__file__).parent} has no native library: a source tree, which hides an installed one; "
-            "start Python elsewhere, or install the tree as editable (docs/hacking.md)"
-        ) from None

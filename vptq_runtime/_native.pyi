@@ -6,6 +6,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+# What the library was built from: the version of the sources, and the SHA-256 of this file.
+version: str
+interface: str
+
 class Model:
     """A GGUF file, mapped and checked."""
 

@@ -8,6 +8,11 @@ MAX_MESSAGE = 1000  # characters
 _CONTROLS = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029), "?")
 
 
+def printable(name: str) -> str:
+    """A name that a file gives, fit for a message of one line on a terminal."""
+    return name if name.isprintable() else repr(name)
+
+
 class VPTQError(Exception):
     """Base of all errors raised by vptq_runtime and vptq_converter. What a file's names may do to a message's
     one line is undone here."""

@@ -115,11 +115,11 @@ class Options:
 
     def sampler(self, index: int, end_tokens: Sequence[int], n_vocab: int) -> Sampler:
         """The sampler of a list's prompt number `index`, seeded with seed + index."""
-        from vptq_runtime._native import Sampler
+        from vptq_runtime import _native
 
         for token in self.logit_bias or ():
             check_int("logit_bias", token, 0, n_vocab - 1)
-        return Sampler(
+        return _native.Sampler(
             **self._filters(index),
             repeat_penalty=float(self.repeat_penalty),
             presence_penalty=float(self.presence_penalty),
@@ -131,9 +131,9 @@ class Options:
 
     def draft_sampler(self, index: int, n_drawn: int) -> Sampler:
         """What a draft model draws with, from draw n_drawn on: the same random numbers, without penalties."""
-        from vptq_runtime._native import Sampler
+        from vptq_runtime import _native
 
-        sampler = Sampler(**self._filters(index), repeat_penalty=1.0)
+        sampler = _native.Sampler(**self._filters(index), repeat_penalty=1.0)
         sampler.accept([0] * n_drawn, generated=True)
         return sampler
 

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from vptq_converter.config import Section, printable
-from vptq_runtime.errors import FileError
+from vptq_converter.config import Section
+from vptq_runtime.errors import FileError, printable
 
 CHUNK_BYTES = 1 << 24  # what one step of a copy maps in
 CANNOT_COPY = (

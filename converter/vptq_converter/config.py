@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from vptq_runtime.errors import FileError
+from vptq_runtime.errors import FileError, printable
+from vptq_runtime.text_file import read_json
 
-MAX_JSON_BYTES = 1 << 28  # the largest tokenizer.json in use has about 2**25
 MAX_INTEGER = 2**31 - 1  # of any count or length in a config: GGUF stores them as u32, readers often as int
-
-
-def read_text(path: Path) -> str:
-    """The text of a small UTF-8 file; raises FileError."""
-    try:
-        if path.exists() and not path.is_file():  # a pipe would block, a device never end
-            raise FileError(f"{path}: found something that is not a regular file")
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise FileError(f"{path}: {size} bytes, expected at most {MAX_JSON_BYTES}")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise FileError(f"{path}: byte {error.start} is not UTF-8") from error
-
-
-def printable(name: str) -> str:
-    """A name that a file gives, fit for a message of one line on a terminal."""
-    return name if name.isprintable() else repr(name)
 
 
 class Section:
@@ -45,12 +24,7 @@ class Section:
     @classmethod
     def read(cls, path: Path) -> Section:
         """The object that a JSON file holds; raises FileError."""
-        text = read_text(path)
-        try:
-            return cls(path, json.loads(text))
-        except (ValueError, RecursionError) as error:
-            reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-            raise FileError(f"{path}: not valid JSON: {reason}") from error
+        return cls(path, read_json(path))
 
     def error(self, key: str, found: Any, expected: str) -> FileError:
         name = f"{self.where}.{key}" if self.where and key else self.where or key

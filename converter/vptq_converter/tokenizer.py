@@ -16,8 +16,9 @@ from tokenizers import Tokenizer
 
 from vptq_converter.architectures import Key
 from vptq_converter.checkpoint import Checkpoint
-from vptq_converter.config import Section, read_text
+from vptq_converter.config import Section
 from vptq_runtime.errors import FileError, UnsupportedError
+from vptq_runtime.text_file import read_text
 
 # How text is cut before merging: llama.cpp has splitters built in, and tokenizer.ggml.pre names one.
 # Llama 3 and Qwen2 differ in one place: how many digits go together.

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from vptq_converter.checkpoint import Checkpoint
-from vptq_converter.config import read_text
 from vptq_converter.tokenizer import read_tokenizer
 
 from vptq_quantizer.options import option_error
 from vptq_runtime.errors import OptionError
 from vptq_runtime.text.tokenizer import Tokenizer
+from vptq_runtime.text_file import read_text
 
 
 @dataclass(frozen=True)

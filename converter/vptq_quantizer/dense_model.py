@@ -54,7 +54,7 @@ class DenseModel:
         # transformers' code without weights: what layers are called with (masks, positions) is its affair.
         try:
             with quiet(transformers):
-                self.causal_class, self.config = class_and_config(transformers, checkpoint)
+                self.causal_class, self.config = class_and_config(transformers, checkpoint.config.values)
                 self._body = self._without_weights().model
                 rotary = type(self._body.rotary_emb)(self.config)  # its buffers are needed
         except Exception as error:  # the library's have no common base

@@ -221,6 +221,8 @@ LogitsOut logits(const Context& context, int feed) {
 NB_MODULE(_native, m) {
   nb::register_exception_translator(translate);
   const nb::call_guard<nb::gil_scoped_release> no_gil;
+  m.attr("version") = VPTQ_VERSION;
+  m.attr("interface") = VPTQ_INTERFACE;
 
   nb::class_<Model>(m, "Model")
       .def(

@@ -15,7 +15,7 @@ from vptq_converter.checkpoint import Checkpoint
 from vptq_converter.convert import convert
 from vptq_converter.layer import LayerTensors
 
-from vptq_runtime._native import Model
+from vptq_runtime import _native
 
 
 def converter_weights(directory: Path) -> dict[str, NDArray[np.float32]]:
@@ -29,7 +29,7 @@ def converter_weights(directory: Path) -> dict[str, NDArray[np.float32]]:
 def native_weights(directory: Path, target: Path) -> dict[str, NDArray[np.float32]]:
     """Converts, and returns all linear layers' weights by GGUF name."""
     convert(directory, target)
-    model = Model(str(target))
+    model = _native.Model(str(target))
     return {name: model.dequantize(name) for name in model.linear_names()}
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
+from vptq_runtime import __version__
 from vptq_runtime.errors import FileError, OptionError, VPTQError
 
 if TYPE_CHECKING:
@@ -222,10 +223,5 @@ def _open_streams() -> None:
 
 
 def version() -> str:
-    """Of the installed distribution."""
-    from importlib import metadata  # slow to load, seldom needed
-
-    try:
-        return metadata.version("vptq-runtime")
-    except metadata.PackageNotFoundError:  # run from a source tree
-        return "(not installed)"
+    """Of these sources, which may hide an installed distribution."""
+    return __version__

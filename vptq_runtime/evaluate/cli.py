@@ -18,7 +18,7 @@ from vptq_runtime.evaluate.scored_windows import METHODS, check_options
 
 if TYPE_CHECKING:
     from vptq_runtime.evaluate.dense_model import DenseModel
-    from vptq_runtime.evaluate.perplexity import Result
+    from vptq_runtime.evaluate.scoring import Result
     from vptq_runtime.runtime import Runtime
 
 # The Python API's names, which its errors begin with, as the command line has them.
@@ -120,8 +120,8 @@ def _text(file: str) -> str:
 def _measure(runtime: Runtime, text: str, arguments: argparse.Namespace) -> None:
     """Loads the reference, scores the windows, and prints what came of it, also where Ctrl-C ends it."""
     from vptq_runtime.commands.progress import RunProgress, print_line
-    from vptq_runtime.evaluate.perplexity import running_comparison, running_perplexity, windows_of
     from vptq_runtime.evaluate.report import print_report, running
+    from vptq_runtime.evaluate.scoring import running_comparison, running_perplexity, windows_of
 
     _check_memory(text)
     tokens = runtime.tokenize(text)

@@ -5,22 +5,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from importlib import import_module
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from vptq_converter.architectures import read_model
-from vptq_converter.checkpoint import Checkpoint
-from vptq_converter.config import read_text
 
 from vptq_runtime import _native
-from vptq_runtime.checks import check_choice, check_int, shown
-from vptq_runtime.errors import FileError, OptionError, OutOfMemoryError, UnsupportedError
+from vptq_runtime.checks import check_choice, check_int
+from vptq_runtime.errors import FileError, OptionError, OutOfMemoryError, UnsupportedError, VPTQError
+from vptq_runtime.evaluate.dense_checkpoint import EMBEDDING, OUTPUT, DenseCheckpoint
 from vptq_runtime.text.tokenizer import Tokenizer
+from vptq_runtime.text_file import read_text
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a weight
 PIECE = 128  # tokens fed at once
@@ -61,19 +59,13 @@ class DenseModel:
         self._directory = Path(directory)
         if not self._directory.is_dir():
             raise FileError(f"{directory}: found no directory, expected that of a dense checkpoint")
-        checkpoint = Checkpoint(self._directory)
-        if "quantization_config" in checkpoint.config.values:
-            raise checkpoint.config.error(
-                "quantization_config", checkpoint.config.values["quantization_config"], "dense weights"
-            )
-        # Every tensor is there and has its shape; else transformers would make up what it misses.
-        self.n_vocab = read_model(checkpoint).hyperparameters.n_vocab
+        checkpoint = DenseCheckpoint.open(self._directory)
+        self.n_vocab = checkpoint.n_vocab
         tokenizer = self._directory / "tokenizer.json"
         self._tokenizer = Tokenizer(read_text(tokenizer), self.n_vocab, str(tokenizer))
         self._torch, self._transformers = _library("torch"), _library("transformers")
         self._device = device
-        n_weights = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
-        self._check_memory(n_weights * DTYPES[dtype])
+        self._check_memory(checkpoint.n_weights * DTYPES[dtype])
         if n_threads is not None:
             self._torch.set_num_threads(n_threads)
         self._model = self._load(dtype, checkpoint)
@@ -99,8 +91,10 @@ class DenseModel:
             piece = self._torch.tensor([list(tokens[start:end])], device=self._device)
             wanted = start >= first
             with self._torch.inference_mode(), self._errors("compute"):
-                logits = self._model(  # logits_to_keep: 0 is all; what is only fed computes the last one's
-                    piece, past_key_values=cache, use_cache=True, logits_to_keep=0 if wanted else 1
+                # The cache is the fourth argument, behind mask and positions: its name differs by version.
+                # logits_to_keep: 0 is all; what is only fed computes the last one's.
+                logits = self._model(
+                    piece, None, None, cache, use_cache=True, logits_to_keep=0 if wanted else 1
                 ).logits[0]
             if wanted:
                 values: NDArray[np.float32] = logits.float().cpu().numpy()
@@ -121,27 +115,33 @@ class DenseModel:
             less = "in bfloat16 they take 2 bytes each; vptq-convert makes a file of them, which is mapped"
             raise OutOfMemoryError(f"{self._directory}: {gib}; {less}")
 
-    def _load(self, dtype: str, checkpoint: Checkpoint) -> Any:
+    def _load(self, dtype: str, checkpoint: DenseCheckpoint) -> Any:
+        torch = self._torch
         with self._errors("load"), quiet(self._transformers):
-            causal_class, config = class_and_config(self._transformers, checkpoint)
-            model, loaded = causal_class.from_pretrained(
-                self._directory,
-                config=config,
-                dtype=getattr(self._torch, dtype),
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-            model = model.eval().to(self._device)
-        if missing := [*loaded["missing_keys"], *loaded["mismatched_keys"]]:
-            raise FileError(f"{self._directory}: transformers finds no {shown(missing[0])}, expected it")
-        return model
+            causal_class, config = class_and_config(self._transformers, checkpoint.config)
+            with torch.device("meta"):  # nothing is allocated by what a config says
+                model = causal_class(config)
+            expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            tied = config.tie_word_embeddings
+            if tied and OUTPUT not in checkpoint.shapes:
+                del expected[OUTPUT]
+            checkpoint.check_shapes(expected)
+            weights = {
+                name: tensor.to(getattr(torch, dtype)) for name, tensor in checkpoint.tensors(self._device)
+            }
+            if tied and not torch.equal(weights.setdefault(OUTPUT, weights[EMBEDDING]), weights[EMBEDDING]):
+                found = f"found other values than those of {EMBEDDING}"
+                raise FileError(f"{self._directory}: {OUTPUT}: {found}, expected the same: they are tied")
+            model.load_state_dict(weights, strict=True, assign=True)
+            model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are in no file
+            return model.eval().to(self._device)
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
         try:
             yield
+        except VPTQError:
+            raise
         except Exception as error:  # the library's, PyTorch's, the system's: no common base
             if is_out_of_memory(error):
                 raise OutOfMemoryError(f"{self._directory}: no memory to {what} it: {error}") from None
@@ -154,12 +154,11 @@ def is_out_of_memory(error: Exception) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
 
 
-def class_and_config(transformers: Any, checkpoint: Checkpoint) -> tuple[Any, Any]:
-    """transformers' class of a checkpoint that read_model has checked, and its config of CONFIG_KEYS.
+def class_and_config(transformers: Any, values: Mapping[str, Any]) -> tuple[Any, Any]:
+    """transformers' class that a config.json names, one of ARCHITECTURES, and its config of CONFIG_KEYS.
 
-    Raises whatever transformers does for what else is wrong with those: no common base.
+    Raises whatever transformers does for what is wrong with those: no common base.
     """
-    values = checkpoint.config.values
     causal_class = getattr(transformers, values["architectures"][0])
     kept = {key: copy.deepcopy(values[key]) for key in CONFIG_KEYS if key in values}
     return causal_class, causal_class.config_class(**kept)

@@ -9,10 +9,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from vptq_converter.config import printable
-
 from vptq_runtime.commands import command
-from vptq_runtime.evaluate.perplexity import Comparison, Estimate, Perplexity, Result
+from vptq_runtime.errors import printable
+from vptq_runtime.evaluate.scoring import Comparison, Estimate, Perplexity, Result
 from vptq_runtime.runtime import Runtime
 
 QUANTILES = {"median": 0.5, "p99": 0.99, "max": 1.0}  # of the KL divergence

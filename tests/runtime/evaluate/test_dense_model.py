@@ -1,5 +1,6 @@
 """Dense checkpoints in PyTorch, and which are refused."""
 
+import os
 import re
 import shutil
 import sys
@@ -15,10 +16,11 @@ from configurations import ARCHITECTURES, VOCAB_SIZE
 from converted import change_json, change_tensors
 from hostile_config import NESTED, NOT_NEEDED
 from reference import Reference
+from vptq_converter import architectures
 from vptq_converter.convert import convert
 
-from vptq_runtime import OptionError, OutOfMemoryError, Runtime, VPTQError, _native
-from vptq_runtime.evaluate.dense_model import DenseModel
+from vptq_runtime import FileError, OptionError, OutOfMemoryError, Runtime, VPTQError, _native
+from vptq_runtime.evaluate import DenseModel, dense_checkpoint
 
 TOKENS = np.random.default_rng(0).integers(VOCAB_SIZE, size=300).tolist()
 
@@ -81,19 +83,40 @@ def set_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[P
     ("change", "message"),
     [
         (remove("config.json"), r"config\.json: cannot be read: No such file"),
-        (remove("model.safetensors"), r"found no \.safetensors file"),
+        (remove("model.safetensors"), r"found no model\.safetensors"),
         (remove("tokenizer.json"), r"tokenizer\.json: cannot be read: No such file"),
         (lambda d: (d / "model.safetensors").write_bytes(b"PK\3\4"), "not a whole safetensors file"),
         (lambda d: (d / "config.json").write_text("[]"), "config.json: content: found"),
         (set_config(quantization_config={"quant_method": "gptq"}), "expected dense weights"),
         (set_config(architectures=["GPT2LMHeadModel"]), "'GPT2LMHeadModel' is not supported"),
         (set_config(rope_parameters=NESTED), "transformers cannot load it: RecursionError"),
-        (set_config(rms_norm_eps="small"), "rms_norm_eps: found 'small'"),
-        (set_tensors(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")), "up_proj.weight is missing"),
-        (set_tensors(lambda t: t.update(extra=torch.ones(1))), "tensor extra: found F32"),
+        (set_config(architectures="LlamaForCausalLM"), "architectures: found 'LlamaForCausalLM', expected"),
+        (set_config(rms_norm_eps="small"), "transformers cannot load it: .*rms_norm_eps"),
+        (set_config(num_attention_heads=0), "transformers cannot load it: ZeroDivisionError"),
+        # Sizes that would fill the memory, or take for ever, if a model were made of them.
+        (set_config(num_hidden_layers=10**9), "num_hidden_layers: found 1000000000, expected 2"),
+        (set_config(num_hidden_layers=None), "num_hidden_layers: found None, expected 2"),
+        (set_config(hidden_size=10**7), r"found \(.*100\), expected \(.*10000000\)"),
+        (set_config(intermediate_size=10**12), r"mlp\.\w+\.weight: found \(.*\), expected .*1000000000000"),
+        (set_config(vocab_size=10**12), r"weight: found \(\d+, 100\), expected \(1000000000000, 100\)"),
+        (set_config(head_dim=10**8), r"self_attn\.\w+\.weight: found .*, expected .*00000000"),
+        (
+            set_tensors(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
+            r"tensor model\.layers\.1\.mlp\.up_proj\.weight: found none, expected \(\d+, 100\)",
+        ),
+        (set_tensors(lambda t: t.pop("model.embed_tokens.weight")), r"found no matrix model\.embed_tokens"),
+        (set_tensors(lambda t: t.update(extra=torch.ones(1))), r"tensor extra: found \(1,\), expected none"),
+        (
+            set_tensors(lambda t: t.update({"model.norm.weight": torch.ones(100, dtype=torch.int8)})),
+            r"model\.norm\.weight: found I8, expected F16 or BF16 or F32",
+        ),
+        (
+            set_config(tie_word_embeddings=True),
+            r"lm_head\.weight: found other values than those of model\.embed_tokens\.weight",
+        ),
         (
             set_tensors(lambda t: t.update({"model.norm.weight": torch.ones(3)})),
-            r"model\.norm\.weight: found shape \(3,\), expected \(100,\)",
+            r"model\.norm\.weight: found \(3,\), expected \(100,\)",
         ),
     ],
 )
@@ -118,6 +141,49 @@ def test_keys_that_the_forward_pass_does_not_need(
     found = np.concatenate(list(DenseModel(directory).logits_in_pieces(TOKENS[:8])))
     np.testing.assert_array_equal(found, expected)
     assert capfd.readouterr().err == ""
+
+
+def test_tied(dense: Path, tmp_path: Path) -> None:
+    """With a second copy of the embedding as the output matrix, and without."""
+    directory = shutil.copytree(dense, tmp_path / "tied")
+    set_config(tie_word_embeddings=True)(directory)
+    change_tensors(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    twice = np.concatenate(list(DenseModel(directory).logits_in_pieces(TOKENS[:8])))
+    change_tensors(directory, lambda t: t.pop("lm_head.weight"))
+    once = np.concatenate(list(DenseModel(directory).logits_in_pieces(TOKENS[:8])))
+    np.testing.assert_array_equal(once, twice)
+    assert np.abs(once - np.concatenate(list(DenseModel(dense).logits_in_pieces(TOKENS[:8])))).max() > 0.1
+
+
+def test_shards(tmp_path: Path) -> None:
+    """Of an index; one that leads out of the directory, or to no file, is refused."""
+    whole = write_checkpoint(tmp_path / "whole", ARCHITECTURES["llama"], {})
+    directory = write_checkpoint(tmp_path / "shards", ARCHITECTURES["llama"], {}, shards=3)
+    change_json(directory / "config.json", lambda config: config.pop("quantization_config"))
+    logits = np.concatenate(list(DenseModel(directory).logits_in_pieces(TOKENS)))
+    np.testing.assert_allclose(logits, Reference(whole).logits(TOKENS), rtol=0, atol=2e-4)
+    for name, message in (
+        ("../whole/model.safetensors", "found '../whole/model.safetensors', expected the name of a file"),
+        ("..", "found something that is not a regular file"),
+        ("nowhere.safetensors", r"nowhere\.safetensors: not a whole safetensors file: No such file"),
+    ):
+        index = directory / "model.safetensors.index.json"
+        change_json(index, lambda values, name=name: values["weight_map"].update({"lm_head.weight": name}))
+        with pytest.raises(FileError, match=message):
+            DenseModel(directory)
+
+
+def test_a_pipe_for_a_file(dense: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        directory = shutil.copytree(dense, tmp_path / name)
+        (directory / name).unlink()
+        os.mkfifo(directory / name)
+        with pytest.raises(FileError, match=f"{name}: found something that is not a regular file"):
+            DenseModel(directory)
+
+
+def test_it_knows_what_the_converter_knows() -> None:
+    assert set(dense_checkpoint.ARCHITECTURES) == set(architectures.ARCHITECTURES)
 
 
 def test_code_in_a_checkpoint_is_not_run(dense: Path, tmp_path: Path) -> None:

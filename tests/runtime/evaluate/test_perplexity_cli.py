@@ -18,10 +18,8 @@ from converted import change_json, change_tensors
 
 from vptq_runtime import Runtime, _native, demo_path
 from vptq_runtime.commands import command
+from vptq_runtime.evaluate import DenseModel, Estimate, Perplexity, compare, perplexity, scoring
 from vptq_runtime.evaluate import cli as perplexity_cli
-from vptq_runtime.evaluate import perplexity as perplexity_module
-from vptq_runtime.evaluate.dense_model import DenseModel
-from vptq_runtime.evaluate.perplexity import Estimate, Perplexity, compare, perplexity
 
 COMMAND = [str(Path(sys.executable).with_name("vptq-perplexity"))]  # as installed
 SPEED = r"\d+ tokens in [\d.]+ s, [\d.]+ tok/s \| cpu \(.*\).*\n"
@@ -370,7 +368,8 @@ def test_models_that_are_refused(
     assert said("-m", model, "--compare", text).startswith(f"{text}: ")  # no GGUF file
     long = "a" * 300
     assert re.fullmatch(f"{long}: .*File name too long", said("-m", model, "--compare", long))
-    assert said("-m", model, "--compare", tmp_path).startswith(f"{tmp_path}: found no .safetensors file")
+    message = said("-m", model, "--compare", tmp_path)
+    assert message.startswith(f"{tmp_path / 'config.json'}: cannot be read: No such file")
     message = said("-m", model, "--compare", checkpoint)  # what the model was made of
     assert message.startswith(f"{checkpoint / 'config.json'}: quantization_config: found")
     assert "n_ctx" in said("-m", model, "-c", "2000000000")
@@ -426,7 +425,7 @@ def test_ctrl_c_reports_the_windows_so_far(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     expected = perplexity(runtime, runtime.tokenize(read(text)), n_ctx=100, max_windows=2)
-    running = perplexity_module.running_perplexity
+    running = scoring.running_perplexity
 
     def interrupted(*arguments: Any) -> Iterator[Perplexity]:
         for result in running(*arguments):
@@ -434,7 +433,7 @@ def test_ctrl_c_reports_the_windows_so_far(
                 raise KeyboardInterrupt
             yield result
 
-    monkeypatch.setattr(perplexity_module, "running_perplexity", interrupted)
+    monkeypatch.setattr(scoring, "running_perplexity", interrupted)
     assert perplexity_cli.main(["-m", str(model), str(text), "-c", "100", "--json"]) == 130
     report = json.loads(capsys.readouterr().out)
     assert report["n_windows"] == 2

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from reference import Reference
 
 from vptq_runtime import OptionError, Runtime
-from vptq_runtime.evaluate.perplexity import (
+from vptq_runtime.evaluate.scored_windows import METHODS, ScoredWindows
+from vptq_runtime.evaluate.scoring import (
     Estimate,
     compare,
     perplexity,
@@ -21,7 +22,6 @@ from vptq_runtime.evaluate.perplexity import (
     running_perplexity,
     windows_of,
 )
-from vptq_runtime.evaluate.scored_windows import METHODS, ScoredWindows
 
 TOKENS = np.random.default_rng(0).integers(VOCAB_SIZE, size=1000).tolist()
 EXACT = {"device": "cpu", "kv_type": "f32", "precision": "f32"}
