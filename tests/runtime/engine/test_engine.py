@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vptq_runtime import BusyError, OptionError, Runtime, demo_path
-from vptq_runtime.evaluate.perplexity import perplexity
+from vptq_runtime.evaluate import perplexity
 
 SYSTEM = [BOS, *range(20, 120)]
 # Of every kind of sampling; the penalties look back at what was generated.
