@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
-from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from vptq_runtime import _native
 from vptq_runtime.checks import check_choice, check_int, shown
-from vptq_runtime.engine.draft_model import DraftModel
 from vptq_runtime.engine.engine import Engine, EngineStats
-from vptq_runtime.engine.ngram import NgramDrafter
 from vptq_runtime.engine.request import LogitsRequest, Request
 from vptq_runtime.engine.stream import GenerationStream
 from vptq_runtime.errors import OptionError, OutOfMemoryError
 from vptq_runtime.generation import Generation, Timings
 from vptq_runtime.metadata import Metadata
 from vptq_runtime.options import Options
-from vptq_runtime.text.text_stream import TextStream
-from vptq_runtime.text.vocabulary import TOKENIZER_KEY, Vocabulary
+from vptq_runtime.requests import Requests
+from vptq_runtime.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from typing_extensions import Unpack
 
-    from vptq_runtime.engine.constraints import Constraint, Constraints
-    from vptq_runtime.engine.speculation import Drafter
     from vptq_runtime.options import GenerateOptions
     from vptq_runtime.text.chat_template import Message
 
@@ -140,12 +134,9 @@ class Runtime:
             cache=cache,
             closed=lambda: OptionError(closed),
         )
-        self._ngrams = NgramDrafter()
-        self._draft_models: weakref.WeakKeyDictionary[Runtime, DraftModel] = weakref.WeakKeyDictionary()
-        self._draft_models_lock = threading.Lock()
         # Without a word to it: before the interpreter's end, or where nobody has it any more.
         self._close_engine = weakref.finalize(self, self._engine.close)
-        self._load_s = time.perf_counter() - start
+        self._requests = Requests(self._vocabulary, self._n_ctx, time.perf_counter() - start)
 
     def __repr__(self) -> str:
         state = f"on {self._device}, n_ctx {self._n_ctx}" if self._model else "closed"
@@ -161,7 +152,7 @@ class Runtime:
         """Gives back the file and the memory. Requests at work end with an OptionError that says so."""
         self._close_engine()
         self._model = None
-        self._draft_models.clear()
+        self._requests.forget_draft_models()
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -276,12 +267,13 @@ class Runtime:
         if not several:
             one = self._submit(prompt, checked)
             return one if stream else one.result()
-        requests = [self._request(item, checked, index) for index, item in enumerate(prompt)]
+        self._engine.check_open()
+        requests = [self._requests.new(item, checked, index) for index, item in enumerate(prompt)]
         streams: list[GenerationStream] = []
         try:
             for request in requests:
                 self._engine.submit(request, wait=True)
-                streams.append(GenerationStream(self._engine, request, self._generation))
+                streams.append(self._stream(request))
             return [each.result() for each in streams]
         except BaseException:
             for each in streams:
@@ -355,7 +347,7 @@ class Runtime:
 
     def _logits_in_pieces(self, request: LogitsRequest) -> Generator[NDArray[np.float32]]:
         self._engine.submit(request, wait=True)
-        with GenerationStream(self._engine, request, self._generation) as news:
+        with self._stream(request) as news:
             while news.next_delta() is not None:
                 piece, request.piece = request.piece, None
                 self._engine.wake()
@@ -363,90 +355,14 @@ class Runtime:
                 yield piece
 
     def _submit(self, prompt: object, options: Options) -> GenerationStream:
-        request = self._request(prompt, options, 0)
-        self._engine.submit(request)
-        return GenerationStream(self._engine, request, self._generation)
-
-    def _request(self, prompt: object, options: Options, index: int) -> Request:
         self._engine.check_open()
-        tokens = self._vocabulary.prompt(prompt, self._n_ctx)
-        end_tokens = self._vocabulary.end_tokens
-        stops = options.stops
-        text = None
-        if stops or self._vocabulary.has_tokenizer:
-            text = TextStream(self._vocabulary.tokenizer, stops)
-        room = self._n_ctx - len(tokens)
-        sampler = options.sampler(index, sorted(end_tokens), self.n_vocab)
-        sampler.accept(tokens)
-        return Request(
-            prompt=tokens,
-            sampler=sampler,
-            max_tokens=room if options.max_tokens is None else min(room, options.max_tokens),
-            min_tokens=options.min_tokens,
-            end_tokens=end_tokens,
-            text=text,
-            n_logprobs=options.logprobs,
-            n_prompt_logprobs=options.prompt_logprobs,
-            constraint=self._constraint(options),
-            drafter=self._drafter(options),
-            draft_sampler=partial(options.draft_sampler, index),
-            salt=options.cache_salt,
-        )
+        request = self._requests.new(prompt, options)
+        self._engine.submit(request)
+        return self._stream(request)
 
-    def _drafter(self, options: Options) -> Drafter | None:
-        if isinstance(options.speculate, Runtime):
-            return self._draft_model(options.speculate)
-        return None if options.speculate == "off" else self._ngrams
-
-    def _draft_model(self, small: Runtime) -> DraftModel:
-        """The model of another Runtime, on a context of its own: two engines never wait for one another."""
-        with self._draft_models_lock:
-            if small not in self._draft_models:
-                if small is self or small._model is None:
-                    found = "this Runtime itself" if small is self else "a closed Runtime"
-                    raise OptionError(f"speculate: found {found}, expected an open one of a smaller model")
-                if not self._vocabulary.same_tokens(small._vocabulary):
-                    raise OptionError(
-                        f"speculate: found other tokens in {small._path}, expected those of {self._path}"
-                    )
-                context = _native.Context(small._model, **small._context_options, n_ctx=self._n_ctx)
-                n_vocab = min(small.n_vocab, self.n_vocab)
-                self._draft_models[small] = DraftModel(context, n_vocab, time.perf_counter)
-            return self._draft_models[small]
-
-    def _constraint(self, options: Options) -> Constraint | None:
-        return self._constraints.compile(**options.constraints) if options.constraints else None
-
-    @cached_property
-    def _constraints(self) -> Constraints:
-        from vptq_runtime.engine.constraints import Constraints  # llguidance is only loaded for them
-
-        self._vocabulary.tokenizer  # noqa: B018 (raises where there is none)
-        return Constraints(self.metadata[TOKENIZER_KEY], self.n_vocab, self._vocabulary.end_tokens)
-
-    def _generation(self, request: Request) -> Generation:
-        """What has become of a request by its end."""
-        now = request.last_token
-        first, admitted = request.first_token, request.admitted
-        timings = Timings(
-            load_s=self._load_s,
-            queue_s=0.0 if admitted is None else admitted - request.arrived,
-            prompt_tokens=len(request.prompt) - request.n_cached if first is not None else 0,
-            prompt_s=0.0 if first is None or admitted is None else first - admitted,
-            decode_tokens=max(request.n_sampled - 1, 0),
-            decode_s=0.0 if first is None or now is None else now - first,
-        )
-        return Generation(
-            text="".join(request.pieces),
-            tokens=request.tokens,
-            finish_reason=request.finish_reason,
-            timings=timings,
-            n_cached=request.n_cached,
-            logprobs=request.logprobs if request.n_logprobs else None,
-            prompt_logprobs=None if request.n_prompt_logprobs is None else request.prompt_logprobs,
-            n_drafted=request.n_drafted,
-            n_accepted=request.n_accepted,
-        )
+    def _stream(self, request: Request) -> GenerationStream:
+        # It holds on to this Runtime: while somebody has a stream of it, it goes on.
+        return GenerationStream(self._engine, request, lambda r: self._requests.generation(r))
 
 
 def _checked_path(path: object) -> str:

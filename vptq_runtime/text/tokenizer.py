@@ -68,6 +68,11 @@ class Tokenizer:
         """Text of `tokens`, special tokens left out; bytes that are not UTF-8 become U+FFFD."""
         return self._guarded(lambda: self._tokenizer.decode(tokens, skip_special_tokens=True))
 
+    @property
+    def json(self) -> str:
+        """As a tokenizer.json has it; made anew."""
+        return self._tokenizer.to_str()
+
     def spellings(self) -> dict[str, int]:
         """Every token's id, by how the vocabulary spells it; made anew."""
         return self._tokenizer.get_vocab(with_added_tokens=True)

@@ -26,8 +26,8 @@ class Vocabulary:
 
     def __init__(self, metadata: Mapping[str, Any], n_vocab: int, path: str) -> None:
         self.n_vocab = n_vocab
+        self.path = path
         self._metadata = metadata
-        self._path = path
         self._tokenizer: Tokenizer | None = None
         if (tokenizer_json := metadata.get(TOKENIZER_KEY)) is not None:
             self._tokenizer = Tokenizer(tokenizer_json, n_vocab, path)
@@ -44,7 +44,7 @@ class Vocabulary:
         """Raises UnsupportedError where the file has none."""
         if self._tokenizer is None:
             found = f"the model has no tokenizer ({TOKENIZER_KEY})"
-            raise UnsupportedError(f"{self._path}: {found}, expected one: use token ids, not text")
+            raise UnsupportedError(f"{self.path}: {found}, expected one: use token ids, not text")
         return self._tokenizer
 
     @property
@@ -59,7 +59,7 @@ class Vocabulary:
         """Raises UnsupportedError where the file has none, FileError where it is damaged."""
         from vptq_runtime.text.chat_template import ChatTemplate  # jinja2 is only loaded for a chat
 
-        return ChatTemplate.of_file(self._metadata, self.tokenizer, self._path)
+        return ChatTemplate.of_file(self._metadata, self.tokenizer, self.path)
 
     def encode(self, text: str, add_special: bool) -> list[int]:
         if not isinstance(text, str):
@@ -119,6 +119,6 @@ class Vocabulary:
         for token in tokens if isinstance(tokens, list) else [tokens]:
             if not isinstance(token, int) or not 0 <= token < self.n_vocab:
                 expected = f"expected token ids below {self.n_vocab}"
-                raise FileError(f"{self._path}: {key}: found {shown(token)}, {expected}")
+                raise FileError(f"{self.path}: {key}: found {shown(token)}, {expected}")
             checked.append(token)
         return checked
