@@ -1,0 +1,1 @@
+"""What computes the answers to requests: it knows neither commands nor servers."""
