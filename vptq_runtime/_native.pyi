@@ -165,9 +165,13 @@ class Operations:
         A GPU records a repetition and plays it: there only the first call of an Operations is right.
         """
     def linears(
-        self, tensors: Sequence[dict[str, RawTensor]], out_features: Sequence[int], x: Array
+        self,
+        tensors: Sequence[dict[str, RawTensor]],
+        out_features: Sequence[int],
+        x: Array,
+        n_prompt: int = 0,
     ) -> list[Array]:
-        """Three layers on the same x, in one loop."""
+        """Three layers on the same x, in one loop; n_prompt as linear() has it."""
     def embed(self, table: RawTensor, tokens: Sequence[int]) -> Array: ...
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array: ...
     def swiglu(self, gate: Array, up: Array) -> Array: ...

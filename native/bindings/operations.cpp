@@ -151,14 +151,16 @@ class Operations {
   }
 
   // Three layers on the same x.
-  std::array<Array2, 3> linears(const std::array<RawTensors, 3>& tensors, const std::array<int, 3>& out, const In& x) {
+  std::array<Array2, 3> linears(const std::array<RawTensors, 3>& tensors, const std::array<int, 3>& out, const In& x,
+                                int n_prompt) {
     expect(x.ndim() == 2 && x.shape(0) >= 1, "x: expected shape (n, in_features)");
+    expect(n_prompt >= 0 && size_t(n_prompt) <= x.shape(0), "n_prompt: expected 0 to n");
     const int n = int(x.shape(0)), in = int(x.shape(1));
     const Layer a(kept(tensors[0]), in, out[0]), b(kept(tensors[1]), in, out[1]), c(kept(tensors[2]), in, out[2]);
-    const auto la = backend_->linear(a.weights(), false), lb = backend_->linear(b.weights(), false),
-               lc = backend_->linear(c.weights(), false);
+    const auto ready = [&](const Layer& layer) { return backend_->linear(layer.weights(), n_prompt > 0); };
+    const auto la = ready(a), lb = ready(b), lc = ready(c);
     float *ya = arrays_.make(n * out[0]), *yb = arrays_.make(n * out[1]), *yc = arrays_.make(n * out[2]);
-    backend_->apply({{*la, ya}, {*lb, yb}, {*lc, yc}}, arrays_.copy(x), n, 0);
+    backend_->apply({{*la, ya}, {*lb, yb}, {*lc, yc}}, arrays_.copy(x), n, n_prompt);
     return {arrays_.read(ya, n, out[0]), arrays_.read(yb, n, out[1]), arrays_.read(yc, n, out[2])};
   }
 
@@ -304,7 +306,8 @@ void bind_operations(nb::module_& m) {
            nb::arg("n_prompt") = 0)
       .def("time_linear", &Operations::time_linear, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"),
            nb::arg("repetitions"), nb::arg("n_prompt") = 0)
-      .def("linears", &Operations::linears, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"))
+      .def("linears", &Operations::linears, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"),
+           nb::arg("n_prompt") = 0)
       .def("embed", &Operations::embed, nb::arg("table"), nb::arg("tokens"))
       .def("rms_norm", &Operations::rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"))
       .def("swiglu", &Operations::swiglu, nb::arg("gate"), nb::arg("up"))
