@@ -33,8 +33,8 @@ std::vector<LayerRange> filled(const LayerBytes& bytes, LayerRange layers, std::
 // The GPUs, each with what is free for layers; they come to be when they are needed.
 class Gpus {
  public:
-  // Throws as make_cuda_backend().
-  Gpus(const Model& model, const KvLayout& layout, int64_t n_ctx)
+  // Throws as make_cuda_backend() and Backend::check_limits().
+  Gpus(const Model& model, const KvLayout& layout, int n_ctx)
       : model_(model), layout_(layout), n_ctx_(n_ctx), n_devices_(cuda_device_count()) {
     add();
   }
@@ -50,6 +50,7 @@ class Gpus {
       return;
     }
     const Backend& gpu = *backends_.back();
+    gpu.check_limits(model_, n_ctx_);
     // As much as the activations take, operations may take for themselves.
     const size_t others =
         2 * Transformer::activation_bytes(model_.hyperparameters(), gpu.max_tokens()) + gpu.total_memory() / kKeptFree;
@@ -90,7 +91,7 @@ class Gpus {
  private:
   const Model& model_;
   KvLayout layout_;
-  int64_t n_ctx_;
+  int n_ctx_;
   int n_devices_;
   std::vector<std::unique_ptr<Backend>> backends_;
   std::vector<size_t> free_;

@@ -35,8 +35,8 @@ struct Placement {
 };
 
 // As options.device and options.gpu_layers want it, with memory for a sequence of n_ctx tokens whose cache has
-// `layout`. Throws UnsupportedError (no GPU), OutOfMemoryError (too few bytes free) where these leave no choice,
-// OptionError.
+// `layout`. Throws UnsupportedError (no GPU, or a model that is beyond its kernels), OutOfMemoryError (too few bytes
+// free) where these leave no choice, OptionError.
 Placement place(const Model& model, const KvLayout& layout, const ContextOptions& options);
 
 }  // namespace vptq

@@ -115,6 +115,20 @@ double CudaBackend::copy_bandwidth() {
   return cuda::copy_bandwidth(stream_, available_memory() / 16);
 }
 
+void CudaBackend::check_limits(const Model& model, int n_ctx) const {
+  const Hyperparameters& h = model.hyperparameters();
+  const auto expect = [&](const char* key, int found, int most) {
+    if (found > most)
+      throw UnsupportedError(model.file().path() + ": key '" + h.architecture + key + "': " + std::to_string(found) +
+                             ", expected at most " + std::to_string(most) + " on a GPU");
+  };
+  expect(".attention.key_length", h.head_dim, kMaxHeadDim);
+  expect(".attention.head_count", h.n_head, kMaxHeads);
+  if (n_ctx > kMaxContext)
+    throw OptionError("n_ctx: found " + std::to_string(n_ctx) + ", expected at most " + std::to_string(kMaxContext) +
+                      " on a GPU");
+}
+
 std::byte* CudaBackend::allocate(size_t bytes, const std::string& what) {
   const CurrentDevice current(device_);
   return memory_->allocate(bytes, what);

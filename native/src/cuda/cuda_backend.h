@@ -40,6 +40,7 @@ class CudaBackend : public Backend {
   double copy_bandwidth() override;
   int max_tokens() const override { return 512; }
   bool rounding_pays() const override { return true; }
+  void check_limits(const Model& model, int n_ctx) const override;
   std::byte* allocate(size_t bytes, const std::string& what) override;
   void write(std::byte* to, const void* host, size_t bytes) override;
   void read(const std::byte* from, void* host, size_t bytes) override;
