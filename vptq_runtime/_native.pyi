@@ -193,6 +193,10 @@ class Operations:
     ) -> Array:
         """Of the last tokens, all of them parts of a prompt (which may be rounded), or all generated."""
 
+def self_check(model: Model, *, isa: str, kv_type: str, rounded: bool, n_threads: int) -> float:
+    """For tests: the self-check of a GPU that all of this model would go to, with an instruction set of the
+    CPU in the GPU's place. Seconds; raises DeviceError."""
+
 def split_layers(
     *,
     layers: Sequence[float],

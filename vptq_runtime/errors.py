@@ -32,7 +32,7 @@ class OptionError(VPTQError, ValueError):
 
 
 class DeviceError(VPTQError, RuntimeError):
-    """The GPU or its driver has failed."""
+    """The GPU or its driver has failed, or computes wrong numbers."""
 
 
 class OutOfMemoryError(VPTQError, MemoryError):

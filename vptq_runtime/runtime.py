@@ -66,8 +66,9 @@ class Runtime:
     The KV cache of the last single prompt is kept: of a next one that begins like it, only the rest is fed.
 
     Use it in a `with` block, or call `close()`. Threads may share it: their calls take turns, token by token.
-    Raises FileError (missing, damaged, contradictory), UnsupportedError (architecture, device), OptionError
-    and OutOfMemoryError, all of them VPTQError.
+    Raises FileError (missing, damaged, contradictory), UnsupportedError (architecture, device), OptionError,
+    OutOfMemoryError and DeviceError (a GPU that fails, or computes other numbers than the CPU), all of them
+    VPTQError.
     """
 
     def __init__(

@@ -16,6 +16,7 @@
 #include "cpu/cpu_backend.h"
 #include "kv_cache.h"
 #include "placement.h"
+#include "self_check/self_check.h"
 #include "vptq/error.h"
 
 namespace nb = nanobind;
@@ -33,6 +34,10 @@ constexpr int kPasses = 4;   // a step: waiting for its end should not count
 
 void expect(bool condition, const char* what) {
   if (!condition) throw OptionError(what);
+}
+
+DType kv_type_of(const std::string& name) {
+  return name == "q8_0" ? DType::q8_0 : name == "f32" ? DType::f32 : DType::f16;
 }
 
 Tensor to_tensor(const std::string& name, const RawTensor& raw) {
@@ -232,10 +237,7 @@ class Operations {
            "expected q (n, n_head * head_dim), k and v (n_tokens, n_head_kv * head_dim), n <= n_tokens");
     const int n = int(q.shape(0)), n_tokens = int(k.shape(0)), head_dim = int(q.shape(1)) / n_head;
     // The second of two layers, so that a wrong layer's offset shows.
-    const KvLayout layout{2, n_head_kv, head_dim,
-                          kv_type == "q8_0"  ? DType::q8_0
-                          : kv_type == "f32" ? DType::f32
-                                             : DType::f16};
+    const KvLayout layout{2, n_head_kv, head_dim, kv_type_of(kv_type)};
     expect(layout.type != DType::q8_0 || head_dim % kQ8Block == 0, "q8_0: expected head_dim a multiple of 32");
     KvCache cache({{*backend_, layout}}, n_tokens);
     const int id = cache.new_sequence(n_tokens), at_once = backend_->max_tokens();
@@ -297,7 +299,23 @@ std::vector<int> split_layers(const std::vector<double>& layers, double embeddin
   return out;
 }
 
+// self_check.h's, with an instruction set of the CPU in the place of a GPU. Returns the seconds that it took.
+double self_check_of(const Model& model, const std::string& isa, const std::string& kv_type, bool rounded,
+                     int n_threads) {
+  const Hyperparameters& h = model.hyperparameters();
+  const KvLayout layout{h.n_layer, h.n_head_kv, h.head_dim, kv_type_of(kv_type)};
+  const nb::gil_scoped_release release;
+  const auto begin = std::chrono::steady_clock::now();
+  cpu::CpuBackend device(n_threads, isa);
+  const auto cpu = make_cpu_backend(n_threads);
+  self_check(device, *cpu, {model, {0, h.n_layer}, layout, rounded});
+  const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
+  return taken.count();
+}
+
 void bind_operations(nb::module_& m) {
+  m.def("self_check", self_check_of, nb::arg("model"), nb::kw_only(), nb::arg("isa"), nb::arg("kv_type"),
+        nb::arg("rounded"), nb::arg("n_threads"));
   m.def("split_layers", split_layers, nb::kw_only(), nb::arg("layers"), nb::arg("embedding"), nb::arg("output"),
         nb::arg("shared"), nb::arg("n_layers"), nb::arg("free"));
   nb::class_<Operations>(m, "Operations")

@@ -1,9 +1,12 @@
 #include "placement.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <numeric>
 #include <optional>
+#include <string_view>
 
+#include "self_check/self_check.h"
 #include "transformer.h"
 #include "vptq/error.h"
 
@@ -11,6 +14,11 @@ namespace vptq {
 namespace {
 
 constexpr size_t kKeptFree = 64;  // of a GPU's memory one part in so many: for what else uses the GPU
+
+bool self_check_is_wanted() {
+  const char* wanted = std::getenv("VPTQ_SELF_CHECK");
+  return !wanted || std::string_view(wanted) != "off";
+}
 
 // The layers from range.begin on, at most to range.end, that fit.
 LayerRange most_that_fit(const LayerBytes& bytes, LayerRange range, double free) {
@@ -75,6 +83,16 @@ class Gpus {
   double kv_bytes() const { return double(KvLayout::blocks_for(n_ctx_)) * double(layout_.layer_bytes()); }  // a layer's
   const std::vector<size_t>& free() const { return free_; }
   double all_free() const { return std::accumulate(free_.begin(), free_.end(), 0.0); }
+
+  // Throws DeviceError where a GPU that gets layers computes other numbers than the CPU.
+  void check(const std::vector<LayerRange>& ranges, const ContextOptions& options) const {
+    const std::unique_ptr<Backend> cpu = make_cpu_backend(options.n_threads);
+    for (size_t i = 0; i < ranges.size(); ++i) {
+      if (ranges[i].size() == 0) continue;
+      const std::unique_ptr<Backend> gpu = make_cuda_backend(int(i));  // whose memory is free again afterwards
+      self_check(*gpu, *cpu, {model_, ranges[i], layout_, rounds(*gpu, options)});
+    }
+  }
 
   // The GPUs that got layers, as parts. Three quarters of what is left of their memory may make the layers faster.
   std::vector<Placement::Part> take(const std::vector<LayerRange>& ranges) {
@@ -153,6 +171,10 @@ std::vector<LayerRange> split(const LayerBytes& bytes, LayerRange layers, std::s
   return best;
 }
 
+bool rounds(const Backend& backend, const ContextOptions& options) {
+  return options.precision == "auto" && backend.rounding_pays();
+}
+
 Placement place(const Model& model, const KvLayout& layout, const ContextOptions& options) {
   const int n_layer = model.hyperparameters().n_layer;
   const bool as_many_as_fit = options.device == "auto" && options.gpu_layers < 0;
@@ -175,6 +197,7 @@ Placement place(const Model& model, const KvLayout& layout, const ContextOptions
       n_gpu = most;
       ranges = split(gpus->bytes(false), {n_layer - n_gpu, n_layer}, gpus->free());
     }
+    if (self_check_is_wanted()) gpus->check(ranges, options);
     out.parts = gpus->take(ranges);
   }
   if (n_gpu < n_layer)
