@@ -1,10 +1,12 @@
 """A tiny model as a GGUF file, to be changed and damaged at will."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter
+from layer_tensors import Raw
 
 N_EMBD, N_FF, N_VOCAB, HEAD_DIM = 32, 48, 40, 8
 KEYS: dict[str, Any] = {
@@ -55,7 +57,9 @@ def write_tiny(path: Path, n_layer: int = 1, n_vocab: int = N_VOCAB) -> Path:
     return write(path, keys, tensors(n_layer, n_vocab))
 
 
-def write(path: Path, keys: dict[str, Any], arrays: dict[str, np.ndarray], arch: str = "llama") -> Path:
+def write(
+    path: Path, keys: dict[str, Any], arrays: Mapping[str, np.ndarray | Raw], arch: str = "llama"
+) -> Path:
     writer = GGUFWriter(path, arch)
     writer.add_custom_alignment(64)
     for key, value in keys.items():
@@ -71,7 +75,12 @@ def write(path: Path, keys: dict[str, Any], arrays: dict[str, np.ndarray], arch:
             case list():
                 writer.add_array(key, value)
     for name, array in arrays.items():
-        writer.add_tensor(name, array)
+        if isinstance(array, np.ndarray):
+            writer.add_tensor(name, array)
+        else:
+            number, shape, data = array
+            rows = np.frombuffer(data, np.uint8).reshape(*shape[:-1], -1)
+            writer.add_tensor(name, rows, raw_dtype=GGMLQuantizationType(number))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

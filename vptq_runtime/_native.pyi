@@ -272,9 +272,13 @@ class Operations:
         A GPU records a repetition and plays it: there only the first call of an Operations is right.
         """
     def linears(
-        self, tensors: Sequence[dict[str, RawTensor]], out_features: Sequence[int], x: Array
+        self,
+        tensors: Sequence[dict[str, RawTensor]],
+        out_features: Sequence[int],
+        x: Array,
+        n_prompt: int = 0,
     ) -> list[Array]:
-        """Three layers on the same x, in one loop."""
+        """Three layers on the same x, in one loop; n_prompt as linear() has it."""
     def embed(self, table: RawTensor, tokens: Sequence[int]) -> Array: ...
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array: ...
     def swiglu(self, gate: Array, up: Array) -> Array: ...
@@ -295,6 +299,10 @@ class Operations:
         prompt: bool = False,
     ) -> Array:
         """Of the last tokens, all of them parts of a prompt (which may be rounded), or all generated."""
+
+def self_check(model: Model, *, isa: str, kv_type: str, rounded: bool, n_threads: int) -> float:
+    """For tests: the self-check of a GPU that all of this model would go to, with an instruction set of the
+    CPU in the GPU's place. Seconds; raises DeviceError."""
 
 def split_layers(
     *,

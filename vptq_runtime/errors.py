@@ -37,7 +37,7 @@ class OptionError(VPTQError, ValueError):
 
 
 class DeviceError(VPTQError, RuntimeError):
-    """The GPU or its driver has failed."""
+    """The GPU or its driver has failed, or computes wrong numbers."""
 
 
 class BusyError(VPTQError):

@@ -67,7 +67,8 @@ class Runtime:
 
     Calls from several threads are computed together, and each gives what it gives alone. Use it in a `with`
     block, or call `close()`. Raises FileError (missing, damaged, contradictory), UnsupportedError
-    (architecture, device), OptionError and OutOfMemoryError, all of them VPTQError.
+    (architecture, device), OptionError, OutOfMemoryError and DeviceError (a GPU that fails, or computes other
+    numbers than the CPU), all of them VPTQError.
     """
 
     def __init__(

@@ -16,6 +16,7 @@
 #include "cpu/cpu_backend.h"
 #include "kv_cache.h"
 #include "placement.h"
+#include "self_check/self_check.h"
 #include "vptq/error.h"
 
 namespace nb = nanobind;
@@ -33,6 +34,10 @@ constexpr int kPasses = 4;   // a step: waiting for its end should not count
 
 void expect(bool condition, const char* what) {
   if (!condition) throw OptionError(what);
+}
+
+DType kv_type_of(const std::string& name) {
+  return name == "q8_0" ? DType::q8_0 : name == "f32" ? DType::f32 : DType::f16;
 }
 
 Tensor to_tensor(const std::string& name, const RawTensor& raw) {
@@ -151,14 +156,16 @@ class Operations {
   }
 
   // Three layers on the same x.
-  std::array<Array2, 3> linears(const std::array<RawTensors, 3>& tensors, const std::array<int, 3>& out, const In& x) {
+  std::array<Array2, 3> linears(const std::array<RawTensors, 3>& tensors, const std::array<int, 3>& out, const In& x,
+                                int n_prompt) {
     expect(x.ndim() == 2 && x.shape(0) >= 1, "x: expected shape (n, in_features)");
+    expect(n_prompt >= 0 && size_t(n_prompt) <= x.shape(0), "n_prompt: expected 0 to n");
     const int n = int(x.shape(0)), in = int(x.shape(1));
     const Layer a(kept(tensors[0]), in, out[0]), b(kept(tensors[1]), in, out[1]), c(kept(tensors[2]), in, out[2]);
-    const auto la = backend_->linear(a.weights(), false), lb = backend_->linear(b.weights(), false),
-               lc = backend_->linear(c.weights(), false);
+    const auto ready = [&](const Layer& layer) { return backend_->linear(layer.weights(), n_prompt > 0); };
+    const auto la = ready(a), lb = ready(b), lc = ready(c);
     float *ya = arrays_.make(n * out[0]), *yb = arrays_.make(n * out[1]), *yc = arrays_.make(n * out[2]);
-    backend_->apply({{*la, ya}, {*lb, yb}, {*lc, yc}}, arrays_.copy(x), n, 0);
+    backend_->apply({{*la, ya}, {*lb, yb}, {*lc, yc}}, arrays_.copy(x), n, n_prompt);
     return {arrays_.read(ya, n, out[0]), arrays_.read(yb, n, out[1]), arrays_.read(yc, n, out[2])};
   }
 
@@ -231,10 +238,7 @@ class Operations {
            "expected q (n, n_head * head_dim), k and v (n_tokens, n_head_kv * head_dim), n <= n_tokens");
     const int n = int(q.shape(0)), n_tokens = int(k.shape(0)), head_dim = int(q.shape(1)) / n_head;
     // The second of two layers, so that a wrong layer's offset shows.
-    const KvLayout layout{2, n_head_kv, head_dim,
-                          kv_type == "q8_0"  ? DType::q8_0
-                          : kv_type == "f32" ? DType::f32
-                                             : DType::f16};
+    const KvLayout layout{2, n_head_kv, head_dim, kv_type_of(kv_type)};
     expect(layout.type != DType::q8_0 || head_dim % kQ8Block == 0, "q8_0: expected head_dim a multiple of 32");
     KvCache cache({{*backend_, layout}}, n_tokens, KvLayout::blocks_for(n_tokens));
     const int id = cache.new_sequence({}), at_once = backend_->max_tokens();
@@ -299,7 +303,23 @@ std::vector<int> split_layers(const std::vector<double>& layers, double embeddin
   return out;
 }
 
+// self_check.h's, with an instruction set of the CPU in the place of a GPU. Returns the seconds that it took.
+double self_check_of(const Model& model, const std::string& isa, const std::string& kv_type, bool rounded,
+                     int n_threads) {
+  const Hyperparameters& h = model.hyperparameters();
+  const KvLayout layout{h.n_layer, h.n_head_kv, h.head_dim, kv_type_of(kv_type)};
+  const nb::gil_scoped_release release;
+  const auto begin = std::chrono::steady_clock::now();
+  cpu::CpuBackend device(n_threads, isa);
+  const auto cpu = make_cpu_backend(n_threads);
+  self_check(device, *cpu, {model, {0, h.n_layer}, layout, rounded});
+  const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
+  return taken.count();
+}
+
 void bind_operations(nb::module_& m) {
+  m.def("self_check", self_check_of, nb::arg("model"), nb::kw_only(), nb::arg("isa"), nb::arg("kv_type"),
+        nb::arg("rounded"), nb::arg("n_threads"));
   m.def("split_layers", split_layers, nb::kw_only(), nb::arg("layers"), nb::arg("embedding"), nb::arg("output"),
         nb::arg("shared"), nb::arg("n_layers"), nb::arg("free"));
   nb::class_<Operations>(m, "Operations")
@@ -308,7 +328,8 @@ void bind_operations(nb::module_& m) {
            nb::arg("n_prompt") = 0)
       .def("time_linear", &Operations::time_linear, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"),
            nb::arg("repetitions"), nb::arg("n_prompt") = 0)
-      .def("linears", &Operations::linears, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"))
+      .def("linears", &Operations::linears, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"),
+           nb::arg("n_prompt") = 0)
       .def("embed", &Operations::embed, nb::arg("table"), nb::arg("tokens"))
       .def("rms_norm", &Operations::rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"))
       .def("swiglu", &Operations::swiglu, nb::arg("gate"), nb::arg("up"))

@@ -99,6 +99,9 @@ class Backend {
   virtual int max_tokens() const = 0;           // of a batch
   virtual bool rounding_pays() const = 0;       // linear layers are faster in 16-bit numbers than in float32
 
+  // Throws UnsupportedError, or OptionError for n_ctx, where the operations cannot do what this model wants of them.
+  virtual void check_limits(const Model&, int /* n_ctx */) const {}
+
   // Of a device with memory of its own, for those who measure it: its bytes, free or not, and the rate of large copies
   // within it, bytes read and written a second.
   virtual size_t total_memory() const { return 0; }

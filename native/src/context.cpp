@@ -70,7 +70,7 @@ struct Context::State {
     cache.check_memory(n_ctx);
     bool copied = false;
     for (auto& [backend, layers] : placement.parts) {
-      const bool rounded = options.precision == "auto" && backend->rounding_pays();
+      const bool rounded = rounds(*backend, options);
       copied |= backend->total_memory() > 0;
       n_batch = std::min(n_batch, backend->max_tokens());
       Transformer transformer(*model, layers, *backend, rounded, options.progress);

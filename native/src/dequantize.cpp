@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "indices.h"
-#include "vptq/error.h"
+#include "overloaded.h"
 #include "vptq/model.h"
 
 namespace vptq {
@@ -50,6 +50,12 @@ void dequantize_columns(const VqColumns& c, const LinearWeights& layer, const ui
       }
 }
 
+void dequantize_dense(const DenseWeights& w, const LinearWeights& layer, float* out) {
+  const Tensor& t = w.weight;
+  const size_t n = size_t(layer.in_features) * layer.out_features;
+  t.type == DType::q8_0 ? dequantize_q8_0(t, n, out) : to_float(t.type, t.data, n, out);
+}
+
 void dequantize_vptq(const VptqWeights& w, const LinearWeights& layer, float* out) {
   for (const VqColumns& c : w.columns) dequantize_columns(c, layer, w.perm, out);
   const auto scale = floats(w.scale), shift = floats(w.shift);
@@ -65,10 +71,9 @@ void dequantize_vptq(const VptqWeights& w, const LinearWeights& layer, float* ou
 }  // namespace
 
 void dequantize(const LinearWeights& layer, float* out) {
-  const size_t n = size_t(layer.in_features) * layer.out_features;
-  if (const auto* vptq = std::get_if<VptqWeights>(&layer.weights)) return dequantize_vptq(*vptq, layer, out);
-  const Tensor& t = std::get<DenseWeights>(layer.weights).weight;
-  t.type == DType::q8_0 ? dequantize_q8_0(t, n, out) : to_float(t.type, t.data, n, out);
+  std::visit(Overloaded{[&](const DenseWeights& w) { dequantize_dense(w, layer, out); },
+                        [&](const VptqWeights& w) { dequantize_vptq(w, layer, out); }},
+             layer.weights);
 }
 
 }  // namespace vptq

@@ -1,6 +1,7 @@
 // Reading and checking one linear layer: every shape, and every index that a kernel will follow.
 #include <bit>
 #include <cstring>
+#include <type_traits>
 
 #include "indices.h"
 #include "vptq/error.h"
@@ -27,6 +28,20 @@ bool all_finite(const Tensor& t) {
   return found == 0;
 }
 
+// The tensor that all layers of a kind have, and no others, by what stands behind the layer's name.
+const char* tensor_of(std::type_identity<DenseWeights>) { return ".weight"; }
+const char* tensor_of(std::type_identity<VptqWeights>) { return ".vptq_indices"; }
+
+// use(std::type_identity<Weights>()) for each kind of weights.
+template <class Use, class... Weights>
+void for_each(std::type_identity<std::variant<Weights...>>, const Use& use) {
+  (use(std::type_identity<Weights>()), ...);
+}
+template <class Use>
+void for_each_kind(const Use& use) {
+  for_each(std::type_identity<decltype(LinearWeights::weights)>(), use);
+}
+
 class LinearReader {
  public:
   LinearReader(const std::string& path, const FindTensor& find, const std::string& name, int in, int out)
@@ -34,15 +49,17 @@ class LinearReader {
 
   LinearWeights read() {
     LinearWeights layer{name_, in_, out_, vector("bias", out_), {}};
-    const Tensor* dense = find_(name_ + ".weight");
-    const Tensor* indices = find_(name_ + ".vptq_indices");
-    if (dense && indices) fail(name_, "has both .weight and .vptq_indices, expected one of them");
-    if (dense)
-      layer.weights = read_dense(*dense);
-    else if (indices)
-      layer.weights = read_vptq(*indices);
-    else
-      fail(name_, "has neither .weight nor .vptq_indices");
+    std::string found, expected;
+    for_each_kind([&](auto kind) {
+      const std::string suffix = tensor_of(kind);
+      expected += (expected.empty() ? "" : " nor ") + suffix;
+      const Tensor* tensor = find_(name_ + suffix);
+      if (!tensor) return;
+      if (!found.empty()) fail(name_, "has both " + found + " and " + suffix + ", expected one of them");
+      found = suffix;
+      layer.weights = read_weights(kind, *tensor);
+    });
+    if (found.empty()) fail(name_, "has neither " + expected);
     return layer;
   }
 
@@ -80,14 +97,14 @@ class LinearReader {
     return t;
   }
 
-  DenseWeights read_dense(const Tensor& weight) const {
+  DenseWeights read_weights(std::type_identity<DenseWeights>, const Tensor& weight) const {
     expect_shape(weight, {out_, in_});
     if (weight.type == DType::i16 || weight.type == DType::i32)
       fail(weight.name, "type " + type_name(weight.type) + ", expected F32, F16, BF16 or Q8_0");
     return {weight};
   }
 
-  VptqWeights read_vptq(const Tensor& indices) const {
+  VptqWeights read_weights(std::type_identity<VptqWeights>, const Tensor& indices) const {
     VptqWeights w;
     int n_outliers = 0;
     if (find_(name_ + ".vptq_outlier_indices")) {
@@ -212,6 +229,12 @@ class LinearReader {
 };
 
 }  // namespace
+
+bool has_linear(const FindTensor& find, const std::string& name) {
+  bool found = false;
+  for_each_kind([&](auto kind) { found |= find(name + tensor_of(kind)) != nullptr; });
+  return found;
+}
 
 LinearWeights read_linear(const std::string& path, const FindTensor& find, const std::string& name, int in_features,
                           int out_features) {

@@ -169,7 +169,7 @@ Model::Model(const std::string& path) : file_(path), hyperparameters_(read_hyper
         .ffn_down = linear(prefix + "ffn_down", h.n_ff, h.n_embd),
     });
   }
-  tied_ = !file_.find("output.weight") && !file_.find("output.vptq_indices");
+  tied_ = !has_linear(find, "output");
   output_ = tied_ ? LinearWeights{"output", h.n_embd, h.n_vocab, nullptr, DenseWeights{token_embd_}}
                   : linear("output", h.n_embd, h.n_vocab);
 }

@@ -1,9 +1,12 @@
 #include "placement.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <numeric>
 #include <optional>
+#include <string_view>
 
+#include "self_check/self_check.h"
 #include "transformer.h"
 #include "vptq/error.h"
 
@@ -11,6 +14,11 @@ namespace vptq {
 namespace {
 
 constexpr size_t kKeptFree = 64;  // of a GPU's memory one part in so many: for what else uses the GPU
+
+bool self_check_is_wanted() {
+  const char* wanted = std::getenv("VPTQ_SELF_CHECK");
+  return !wanted || std::string_view(wanted) != "off";
+}
 
 // The layers from range.begin on, at most to range.end, that fit.
 LayerRange most_that_fit(const LayerBytes& bytes, LayerRange range, double free) {
@@ -33,8 +41,8 @@ std::vector<LayerRange> filled(const LayerBytes& bytes, LayerRange layers, std::
 // The GPUs, each with what is free for layers; they come to be when they are needed.
 class Gpus {
  public:
-  // Throws as make_cuda_backend().
-  Gpus(const Model& model, const KvLayout& layout, int64_t n_ctx)
+  // Throws as make_cuda_backend() and Backend::check_limits().
+  Gpus(const Model& model, const KvLayout& layout, int n_ctx)
       : model_(model), layout_(layout), n_ctx_(n_ctx), n_devices_(cuda_device_count()) {
     add();
   }
@@ -50,6 +58,7 @@ class Gpus {
       return;
     }
     const Backend& gpu = *backends_.back();
+    gpu.check_limits(model_, n_ctx_);
     // As much as the activations take, operations may take for themselves.
     const size_t others =
         2 * Transformer::activation_bytes(model_.hyperparameters(), gpu.max_tokens()) + gpu.total_memory() / kKeptFree;
@@ -75,6 +84,16 @@ class Gpus {
   const std::vector<size_t>& free() const { return free_; }
   double all_free() const { return std::accumulate(free_.begin(), free_.end(), 0.0); }
 
+  // Throws DeviceError where a GPU that gets layers computes other numbers than the CPU.
+  void check(const std::vector<LayerRange>& ranges, const ContextOptions& options) const {
+    const std::unique_ptr<Backend> cpu = make_cpu_backend(options.n_threads);
+    for (size_t i = 0; i < ranges.size(); ++i) {
+      if (ranges[i].size() == 0) continue;
+      const std::unique_ptr<Backend> gpu = make_cuda_backend(int(i));  // whose memory is free again afterwards
+      self_check(*gpu, *cpu, {model_, ranges[i], layout_, rounds(*gpu, options)});
+    }
+  }
+
   // The GPUs that got layers, as parts. Three quarters of what is left of their memory may make the layers faster.
   std::vector<Placement::Part> take(const std::vector<LayerRange>& ranges) {
     const LayerBytes least = bytes(false);
@@ -90,7 +109,7 @@ class Gpus {
  private:
   const Model& model_;
   KvLayout layout_;
-  int64_t n_ctx_;
+  int n_ctx_;
   int n_devices_;
   std::vector<std::unique_ptr<Backend>> backends_;
   std::vector<size_t> free_;
@@ -152,6 +171,10 @@ std::vector<LayerRange> split(const LayerBytes& bytes, LayerRange layers, std::s
   return best;
 }
 
+bool rounds(const Backend& backend, const ContextOptions& options) {
+  return options.precision == "auto" && backend.rounding_pays();
+}
+
 Placement place(const Model& model, const KvLayout& layout, const ContextOptions& options) {
   const int n_layer = model.hyperparameters().n_layer;
   const bool as_many_as_fit = options.device == "auto" && options.gpu_layers < 0;
@@ -174,6 +197,7 @@ Placement place(const Model& model, const KvLayout& layout, const ContextOptions
       n_gpu = most;
       ranges = split(gpus->bytes(false), {n_layer - n_gpu, n_layer}, gpus->free());
     }
+    if (self_check_is_wanted()) gpus->check(ranges, options);
     out.parts = gpus->take(ranges);
   }
   if (n_gpu < n_layer)

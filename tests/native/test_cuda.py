@@ -9,10 +9,11 @@ import pytest
 from feeding import all_logits, prefill, step
 from gpu import need_gpu
 from numpy.typing import NDArray
+from relative_error import relative_l2
 from tiny_gguf import KEYS, N_EMBD, tensors, write
 
 from vptq_runtime import _native, demo_path
-from vptq_runtime.errors import FileError, OutOfMemoryError, UnsupportedError
+from vptq_runtime.errors import FileError, OptionError, OutOfMemoryError, UnsupportedError
 
 GREEDY = dict(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0, seed=0)
 
@@ -96,7 +97,77 @@ class TestOnAGpu:
     def test_a_cache_that_does_not_fit(self, on_gpu: _native.Context) -> None:
         expected = r"weights of .* GiB and the KV cache for \d+ tokens .* need .* GiB, .* are available"
         with pytest.raises(OutOfMemoryError, match=expected):
-            context("cuda", n_ctx=2**31 - 1, kv_type="f32")
+            context("cuda", n_ctx=2**30, kv_type="f32")
+
+
+def heads_model(directory: Path, n_head: int, n_head_kv: int, head_dim: int) -> _native.Model:
+    keys = KEYS | {
+        "llama.attention.head_count": n_head,
+        "llama.attention.head_count_kv": n_head_kv,
+        **{f"llama.{key}": head_dim for key in ("attention.key_length", "attention.value_length")},
+        "llama.rope.dimension_count": head_dim,
+    }
+    rng = np.random.default_rng(0)
+    q, kv = n_head * head_dim, n_head_kv * head_dim
+    shapes = {
+        "attn_q": (q, N_EMBD),
+        "attn_k": (kv, N_EMBD),
+        "attn_v": (kv, N_EMBD),
+        "attn_output": (N_EMBD, q),
+    }
+    arrays = {
+        f"blk.0.{name}.weight": (0.1 * rng.normal(size=shape)).astype(np.float16)
+        for name, shape in shapes.items()
+    }
+    return _native.Model(str(write(directory / "heads.gguf", keys, tensors() | arrays)))
+
+
+@pytest.mark.gpu
+class TestModelsBeyondTheKernels:
+    """Refused by name; not run over the end of an array, nor into a launch that fails."""
+
+    @staticmethod
+    def context(model: _native.Model, device: str, n_ctx: int = 64) -> _native.Context:
+        need_gpu()
+        return _native.Context(model, device=device, n_ctx=n_ctx, n_threads=1, kv_type="f16")
+
+    @pytest.mark.parametrize(
+        ("heads", "expected"),
+        [
+            ((2, 1, 258), "attention.key_length': 258, expected at most 256"),
+            ((1, 1, 1024), "attention.key_length': 1024, expected at most 256"),
+            ((65536, 1, 2), "attention.head_count': 65536, expected at most 65535"),
+            ((65536, 65536, 2), "attention.head_count': 65536, expected at most 65535"),
+        ],
+    )
+    def test_heads(self, tmp_path: Path, heads: tuple[int, int, int], expected: str) -> None:
+        model = heads_model(tmp_path, *heads)
+        why = f"{tmp_path}/heads.gguf: key 'llama.{expected} on a GPU"
+        with pytest.raises(UnsupportedError) as error:
+            self.context(model, "cuda")
+        assert str(error.value) == why
+        on_cpu = self.context(model, "auto")
+        assert on_cpu.device.startswith("cpu (") and on_cpu.why_not_cuda == why
+        assert np.isfinite(on_cpu.logits(on_cpu.new_sequence(2), [1, 2])).all()
+
+    def test_a_context_of_two_to_the_31st(self, tmp_path: Path) -> None:
+        model = heads_model(tmp_path, 1, 1, 2)
+        why = "n_ctx: found 2147483647, expected at most 2147479552 on a GPU"
+        with pytest.raises(OptionError, match=f"^{why}$"):
+            self.context(model, "cuda", 2**31 - 1)
+
+    def test_the_widest_heads_that_there_are(self, tmp_path: Path) -> None:
+        """As a prompt's tokens and as generated ones."""
+        model = heads_model(tmp_path, 6, 3, 256)
+        on_gpu, on_cpu = (self.context(model, device) for device in ("cuda", "cpu"))
+        logits = []
+        for found in (on_gpu, on_cpu):
+            sequence = found.new_sequence(40)
+            logits.append(found.logits(sequence, list(range(35))))
+            found.step([sequence], [[7]], [_native.Sampler(**GREEDY)], [False])
+            logits.append(found.logits(sequence, [9]))
+        assert relative_l2(logits[0], logits[2]) < 1e-3
+        assert relative_l2(logits[1], logits[3]) < 1e-3
 
 
 @pytest.mark.gpu

@@ -211,14 +211,46 @@ def test_16_bits_of_nothing(operations: _native.Operations) -> None:
         assert np.abs(operations.linear(tensors, 16, np.full((2, n_in), tiny, np.float32), 2)).max() < 1e-37
 
 
-def test_weights_that_need_more_than_16_bits(cpu_operations: _native.Operations) -> None:
-    """One huge centroid: the others would keep few bits, so the layer stays in float32."""
-    tensors, n_in = vptq_layer(np.random.default_rng(8), out=64, v=8, k=4096, group_size=200)
+def with_one_huge_weight(dtype: str, *, dense: bool) -> dict[str, Raw]:
+    """A layer (64, 200) that keeps too little of its other weights in 16 bits: it stays in float32."""
+    rng = np.random.default_rng(8)
+    if dense:
+        weight = rng.normal(size=(64, 200)).astype(np.float32)
+        weight[3, 5] = 1000
+        return {"weight": raw(weight, dtype)}
+    tensors, _ = vptq_layer(rng, out=64, v=8, k=4096, r=16, group_size=200, dtype=dtype)
     centroids = floats(tensors["vptq_centroids"])
     centroids[0, 0] = 1000
-    tensors["vptq_centroids"] = raw(centroids, "f16")
-    x = np.random.default_rng(9).normal(size=(3, n_in)).astype(np.float32)
-    assert np.array_equal(cpu_operations.linear(tensors, 64, x, 3), cpu_operations.linear(tensors, 64, x))
+    return tensors | {"vptq_centroids": raw(centroids, dtype)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dense"), [("f16", False), ("f32", False), ("bf16", False), ("f32", True), ("bf16", True)]
+)
+def test_weights_that_need_more_than_16_bits(operations: _native.Operations, dtype: str, dense: bool) -> None:
+    tensors = with_one_huge_weight(dtype, dense=dense)
+    x = np.random.default_rng(9).normal(size=(3, 200)).astype(np.float32)
+    exact = operations.linear(tensors, 64, x)
+    assert np.isfinite(exact).all()
+    assert np.array_equal(operations.linear(tensors, 64, x, 3), exact)
+
+
+@pytest.mark.parametrize("n_prompt", [0, 5, 11])
+@pytest.mark.parametrize("order", [[0, 1, 2], [1, 2, 0], [2, 0, 1], [2, 2, 0], [0, 0, 2]])
+def test_each_layer_is_rounded_or_not_by_itself(
+    operations: _native.Operations, order: list[int], n_prompt: int
+) -> None:
+    """Whatever layers share the loop with it, and whichever of them comes first."""
+    rng = np.random.default_rng(1)
+    layers = [
+        vptq_layer(rng, out=64, v=8, k=256, group_size=200)[0],
+        {"weight": raw(rng.normal(size=(64, 200)), "f16")},
+        with_one_huge_weight("bf16", dense=False),
+    ]
+    x = rng.normal(size=(11, 200)).astype(np.float32)
+    together = operations.linears([layers[i] for i in order], [64] * 3, x, n_prompt)
+    for i, y in zip(order, together, strict=True):
+        assert np.array_equal(y, operations.linear(layers[i], 64, x, n_prompt))
 
 
 def test_dequantised_by_hand() -> None:

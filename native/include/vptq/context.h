@@ -54,7 +54,8 @@ struct Logits {
 // Not thread-safe: one call at a time.
 class Context {
  public:
-  // Throws OptionError, UnsupportedError, OutOfMemoryError (where not even one sequence of n_ctx tokens would fit).
+  // Throws OptionError, UnsupportedError, DeviceError, OutOfMemoryError (where not even one sequence of n_ctx tokens
+  // would fit).
   Context(std::shared_ptr<const Model> model, const ContextOptions& options);
   ~Context();
 

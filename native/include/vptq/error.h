@@ -35,7 +35,7 @@ struct OptionError : Error {
   using Error::Error;
 };
 
-// The GPU or its driver has failed.
+// The GPU or its driver has failed, or computes wrong numbers.
 struct DeviceError : Error {
   using Error::Error;
 };

@@ -72,6 +72,8 @@ struct LinearWeights {
 
 using FindTensor = std::function<const Tensor*(const std::string&)>;
 
+// Whether there is a linear layer `name`, of any kind of weights.
+bool has_linear(const FindTensor& find, const std::string& name);
 // The linear layer `name`, its tensors checked against in_features and out_features; `path` is for messages.
 // Throws FileError.
 LinearWeights read_linear(const std::string& path, const FindTensor& find, const std::string& name, int in_features,

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "cpu/machine.h"
+#include "overloaded.h"
 #include "vptq/error.h"
 
 namespace vptq::cpu {
@@ -61,10 +62,16 @@ const float* CpuBackend::vector(const std::vector<float>& values) {
 std::unique_ptr<Linear> CpuBackend::linear(const LinearWeights& w, bool rounded) {
   const auto optional = [this](const Tensor* t) { return t ? vector(*t) : nullptr; };
   const float* bias = optional(w.bias);
-  if (std::holds_alternative<DenseWeights>(w.weights)) return std::make_unique<DenseLinear>(kernels_, w, bias);
-  const auto& vptq = std::get<VptqWeights>(w.weights);
-  const VptqNorms norms{optional(vptq.scale), optional(vptq.shift), optional(vptq.out_scale), optional(vptq.out_shift)};
-  return std::make_unique<VptqLinear>(kernels_, w, norms, bias, rounded);
+  using Ready = std::unique_ptr<Linear>;
+  return std::visit(Overloaded{[&](const DenseWeights& dense) -> Ready {
+                                 return std::make_unique<DenseLinear>(kernels_, w, dense, bias);
+                               },
+                               [&](const VptqWeights& vptq) -> Ready {
+                                 const VptqNorms norms{optional(vptq.scale), optional(vptq.shift),
+                                                       optional(vptq.out_scale), optional(vptq.out_shift)};
+                                 return std::make_unique<VptqLinear>(kernels_, w, vptq, norms, bias, rounded);
+                               }},
+                    w.weights);
 }
 
 void CpuBackend::embed(const Batch& batch, const Tensor& table, float* x) {

@@ -17,9 +17,9 @@ int vptq_unit(const Kernels& kernels, const VptqWeights& weights) {
 
 }  // namespace
 
-DenseLinear::DenseLinear(const Kernels& kernels, const LinearWeights& weights, const float* bias)
-    : CpuLinear(kernels, weights.in_features, weights.out_features, kDenseUnit, bias),
-      weight_(std::get<DenseWeights>(weights.weights).weight) {}
+DenseLinear::DenseLinear(const Kernels& kernels, const LinearWeights& layer, const DenseWeights& weights,
+                         const float* bias)
+    : CpuLinear(kernels, layer.in_features, layer.out_features, kDenseUnit, bias), weight_(weights.weight) {}
 
 void DenseLinear::rows(const Activations& x, const float*, int begin, int end, float* y) const {
   kernels_.dense(weight_, in_features, x.x, in_features, x.n, begin, end, y, out_features);
@@ -27,12 +27,11 @@ void DenseLinear::rows(const Activations& x, const float*, int begin, int end, f
   for (int t = 0; t < x.n; ++t) kernels_.add(y + int64_t{t} * out_features + begin, bias_ + begin, end - begin);
 }
 
-VptqLinear::VptqLinear(const Kernels& kernels, const LinearWeights& weights, const VptqNorms& norms, const float* bias,
-                       bool i16)
-    : CpuLinear(kernels, weights.in_features, weights.out_features,
-                vptq_unit(kernels, std::get<VptqWeights>(weights.weights)), bias),
-      columns_(std::get<VptqWeights>(weights.weights).columns),
-      perm_(std::get<VptqWeights>(weights.weights).perm),
+VptqLinear::VptqLinear(const Kernels& kernels, const LinearWeights& layer, const VptqWeights& weights,
+                       const VptqNorms& norms, const float* bias, bool i16)
+    : CpuLinear(kernels, layer.in_features, layer.out_features, vptq_unit(kernels, weights), bias),
+      columns_(weights.columns),
+      perm_(weights.perm),
       norms_(norms) {
   if (!i16) return;
   for (const VqColumns& c : columns_) {

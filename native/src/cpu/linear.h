@@ -38,7 +38,7 @@ class CpuLinear : public Linear {
 
 class DenseLinear : public CpuLinear {
  public:
-  DenseLinear(const Kernels& kernels, const LinearWeights& weights, const float* bias);
+  DenseLinear(const Kernels& kernels, const LinearWeights& layer, const DenseWeights& weights, const float* bias);
 
   int64_t prepared_size(const Activations&) const override { return 0; }
   void prepare(const Activations&, int, float*) const override {}
@@ -58,7 +58,8 @@ struct VptqNorms {
 // sum_i x_i.
 class VptqLinear : public CpuLinear {
  public:
-  VptqLinear(const Kernels& kernels, const LinearWeights& weights, const VptqNorms& norms, const float* bias, bool i16);
+  VptqLinear(const Kernels& kernels, const LinearWeights& layer, const VptqWeights& weights, const VptqNorms& norms,
+             const float* bias, bool i16);
 
   int64_t prepared_size(const Activations& x) const override;
   void prepare(const Activations& x, int t, float* prepared) const override;

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <string_view>
 
+#include "overloaded.h"
 #include "vptq/error.h"
 
 namespace vptq::cuda {
@@ -12,24 +14,48 @@ namespace {
 
 size_t element_bytes(DType type) { return type == DType::f32 ? 4 : 2; }
 
+// The largest magnitude of n numbers in F32, F16 or BF16.
 float largest(DType type, const std::byte* data, size_t n) {
-  std::vector<float> values(n);
-  to_float(type, data, n, values.data());
-  float out = 0;
-  for (const float value : values) out = std::max(out, std::abs(value));
+  constexpr size_t kAtOnce = 4096;
+  float values[kAtOnce], out = 0;
+  for (size_t at = 0; at < n; at += kAtOnce) {
+    const size_t count = std::min(kAtOnce, n - at);
+    to_float(type, data + at * element_bytes(type), count, values);
+    for (size_t i = 0; i < count; ++i) out = std::max(out, std::abs(values[i]));
+  }
   return out;
 }
 
-// Whether vq_many() finds all weights in the range of its f16 products.
-bool fits_f16(const LinearWeights& w) {
-  const auto* vptq = std::get_if<VptqWeights>(&w.weights);
-  if (!vptq) return true;
-  return std::all_of(vptq->columns.begin(), vptq->columns.end(), [](const VqColumns& c) {
-    if (c.type == DType::f16 && c.r == 0) return true;
-    const size_t n = size_t(c.n_groups) * c.v;
-    const float residual = c.r ? largest(c.type, c.res_centroids, n * c.r) : 0;
-    return largest(c.type, c.centroids, n * c.k) + residual < kMostRounded;
-  });
+// What none of n numbers in Q8_0 is larger than.
+float bound_of_q8_0(const std::byte* data, size_t n) {
+  float out = 0;
+  for (size_t block = 0; block < n / kQ8Block; ++block) {
+    uint16_t scale;
+    std::memcpy(&scale, data + block * kQ8BlockBytes, sizeof(scale));
+    out = std::max(out, 128 * std::abs(half_to_float(scale)));
+  }
+  return out;
+}
+
+// Whether the products of many tokens find all weights in the range of f16.
+bool fits_f16(const LinearWeights& layer) {
+  return std::visit(Overloaded{[&](const DenseWeights& w) {
+                                 const Tensor& t = w.weight;
+                                 if (t.type == DType::f16) return true;
+                                 const size_t n = size_t(layer.in_features) * layer.out_features;
+                                 const float bound =
+                                     t.type == DType::q8_0 ? bound_of_q8_0(t.data, n) : largest(t.type, t.data, n);
+                                 return bound < kMostRounded;
+                               },
+                               [](const VptqWeights& w) {
+                                 return std::all_of(w.columns.begin(), w.columns.end(), [](const VqColumns& c) {
+                                   if (c.type == DType::f16 && c.r == 0) return true;
+                                   const size_t n = size_t(c.n_groups) * c.v;
+                                   const float residual = c.r ? largest(c.type, c.res_centroids, n * c.r) : 0;
+                                   return largest(c.type, c.centroids, n * c.k) + residual < kMostRounded;
+                                 });
+                               }},
+                    layer.weights);
 }
 
 }  // namespace
@@ -89,6 +115,20 @@ double CudaBackend::copy_bandwidth() {
   return cuda::copy_bandwidth(stream_, available_memory() / 16);
 }
 
+void CudaBackend::check_limits(const Model& model, int n_ctx) const {
+  const Hyperparameters& h = model.hyperparameters();
+  const auto expect = [&](const char* key, int found, int most) {
+    if (found > most)
+      throw UnsupportedError(model.file().path() + ": key '" + h.architecture + key + "': " + std::to_string(found) +
+                             ", expected at most " + std::to_string(most) + " on a GPU");
+  };
+  expect(".attention.key_length", h.head_dim, kMaxHeadDim);
+  expect(".attention.head_count", h.n_head, kMaxHeads);
+  if (n_ctx > kMaxContext)
+    throw OptionError("n_ctx: found " + std::to_string(n_ctx) + ", expected at most " + std::to_string(kMaxContext) +
+                      " on a GPU");
+}
+
 std::byte* CudaBackend::allocate(size_t bytes, const std::string& what) {
   const CurrentDevice current(device_);
   return memory_->allocate(bytes, what);
@@ -130,20 +170,29 @@ size_t CudaBackend::extra_memory(const LinearWeights& w) const { return slices_ 
 std::unique_ptr<Linear> CudaBackend::linear(const LinearWeights& w, bool rounded) {
   const CurrentDevice current(device_);
   auto out = std::make_unique<CudaLinear>();
+  out->in_features = w.in_features;
+  out->out_features = w.out_features;
   out->rounded = rounded && fits_f16(w);
-  if (const auto* vptq = std::get_if<VptqWeights>(&w.weights)) {
-    out->layer = upload(w, *vptq);
-    const size_t extra = extra_memory(w);
-    if (extra > 0 && extra <= extra_left_) {
-      out->sliced = sliced_layers_->make(w);
-      extra_left_ -= extra;
-    }
-  } else {
-    const Tensor& weight = std::get<DenseWeights>(w.weights).weight;
-    out->layer =
-        DenseLayer{w.in_features, w.out_features, weight.type, table(weight).data, w.bias ? vector(*w.bias) : nullptr};
-  }
+  std::visit(Overloaded{[&](const DenseWeights& dense) { out->layer = upload(w, dense); },
+                        [&](const VptqWeights& vptq) {
+                          out->layer = upload(w, vptq);
+                          out->sliced = sliced(w, vptq);
+                        }},
+             w.weights);
   return out;
+}
+
+DenseLayer CudaBackend::upload(const LinearWeights& w, const DenseWeights& dense) {
+  return {w.in_features, w.out_features, dense.weight.type, table(dense.weight).data,
+          w.bias ? vector(*w.bias) : nullptr};
+}
+
+// nullptr where there is no memory for it, or no kernel.
+std::unique_ptr<SlicedLayer> CudaBackend::sliced(const LinearWeights& w, const VptqWeights& vptq) {
+  const size_t extra = extra_memory(w);
+  if (extra == 0 || extra > extra_left_) return nullptr;
+  extra_left_ -= extra;
+  return sliced_layers_->make(w, vptq);
 }
 
 VqLayer CudaBackend::upload(const LinearWeights& w, const VptqWeights& vptq) {
@@ -245,50 +294,50 @@ void CudaBackend::rms_norm(const float* x, int n, int d, const float* weight, fl
 }
 
 void CudaBackend::apply(std::initializer_list<Projection> projections, const float* x, int n, int n_prompt) {
-  VqUse plain[kMaxUses];
-  const CudaLinear* sliced[kMaxUses];
-  float* sliced_y[kMaxUses];
-  int n_plain = 0, n_sliced = 0;
-  const auto& first = static_cast<const CudaLinear&>(projections.begin()->layer);
-  const int many = first.rounded ? n_prompt : 0;  // tokens whose x may be rounded
-  const float* rest = x + size_t(many) * first.in_features();
   for (const Projection& p : projections) {
     const auto& linear = static_cast<const CudaLinear&>(p.layer);
-    if (many) apply_many(linear, x, many, p.y);
-    if (many == n) continue;
-    float* y = p.y + size_t(many) * linear.out_features();
-    if (const auto* dense = std::get_if<DenseLayer>(&linear.layer)) {
-      dense_few(*dense, rest, n - many, y, stream_);
-    } else if (linear.sliced) {
-      sliced[n_sliced] = &linear;
-      sliced_y[n_sliced++] = y;
-    } else {
-      plain[n_plain++] = {std::get<VqLayer>(linear.layer), y};
-    }
+    if (const int n_many = linear.first_few(n_prompt)) apply_many(linear, x, n_many, p.y);
   }
-  if (n_plain) vq_few(plain, n_plain, rest, n - many, stream_);
-  if (n_sliced) apply_sliced(sliced, sliced_y, n_sliced, rest, n - many);
+  apply_few(projections, x, n_prompt, n, n_prompt);
+  if (n_prompt > 0) apply_few(projections, x, 0, n, n_prompt);
 }
 
-void CudaBackend::apply_sliced(const CudaLinear* const* layers, float* const* y, int n_layers, const float* x, int n) {
-  SlicedUse uses[kMaxUses];
-  const SlicedLayer* sliced[kMaxUses];
-  for (int i = 0; i < n_layers; ++i) {
-    const SlicedLayer& s = *(sliced[i] = layers[i]->sliced.get());
-    uses[i] = {std::get<VqLayer>(layers[i]->layer), int(s.slices.slices().size()), s.run_begin, s.entries, y[i]};
+// Tokens from `first` on in float32, by those layers that begin there: they share launches.
+void CudaBackend::apply_few(std::initializer_list<Projection> projections, const float* x, int first, int n,
+                            int n_prompt) {
+  if (first == n) return;
+  x += size_t(first) * static_cast<const CudaLinear&>(projections.begin()->layer).in_features;
+  VqUse plain[kMaxUses];
+  SlicedUse sliced[kMaxUses];
+  const SlicedLayer* slices[kMaxUses];
+  int n_plain = 0, n_sliced = 0;
+  for (const Projection& p : projections) {
+    const auto& linear = static_cast<const CudaLinear&>(p.layer);
+    if (linear.first_few(n_prompt) != first) continue;
+    float* y = p.y + size_t(first) * linear.out_features;
+    std::visit(Overloaded{[&](const DenseLayer& layer) { dense_few(layer, x, n - first, y, stream_); },
+                          [&](const VqLayer& layer) {
+                            if (const SlicedLayer* s = slices[n_sliced] = linear.sliced.get())
+                              sliced[n_sliced++] = {layer, int(s->slices.slices().size()), s->run_begin, s->entries, y};
+                            else
+                              plain[n_plain++] = {layer, y};
+                          }},
+               linear.layer);
   }
-  const DeviceSliceJobs& jobs = sliced_layers_->jobs({sliced, size_t(n_layers)});
-  const size_t floats = sliced_workspace(uses, n_layers, n);
-  auto* workspace = static_cast<float*>(grown(workspace_, floats * sizeof(float), "allocating workspace"));
-  vq_sliced(uses, n_layers, jobs, x, n, workspace, stream_);
+  if (n_plain) vq_few(plain, n_plain, x, n - first, stream_);
+  if (n_sliced) {
+    const DeviceSliceJobs& jobs = sliced_layers_->jobs({slices, size_t(n_sliced)});
+    const size_t floats = sliced_workspace(sliced, n_sliced, n - first);
+    auto* workspace = static_cast<float*>(grown(workspace_, floats * sizeof(float), "allocating workspace"));
+    vq_sliced(sliced, n_sliced, jobs, x, n - first, workspace, stream_);
+  }
 }
 
 void CudaBackend::apply_many(const CudaLinear& linear, const float* x, int n, float* y) {
-  void* workspace = grown(workspace_, gemm_workspace(n, linear.in_features()), "allocating workspace");
-  if (const auto* dense = std::get_if<DenseLayer>(&linear.layer))
-    dense_many(*dense, x, n, y, workspace, stream_);
-  else
-    vq_many(std::get<VqLayer>(linear.layer), x, n, y, workspace, stream_);
+  void* workspace = grown(workspace_, gemm_workspace(n, linear.in_features), "allocating workspace");
+  std::visit(Overloaded{[&](const DenseLayer& layer) { dense_many(layer, x, n, y, workspace, stream_); },
+                        [&](const VqLayer& layer) { vq_many(layer, x, n, y, workspace, stream_); }},
+             linear.layer);
 }
 
 void CudaBackend::rope(const Batch& batch, int n_head, int head_dim, const float* inv_freq, float* x) {

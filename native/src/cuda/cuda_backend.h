@@ -20,16 +20,13 @@ namespace vptq::cuda {
 
 // A linear layer whose weights are on the GPU.
 struct CudaLinear : Linear {
+  int in_features, out_features;
   std::variant<DenseLayer, VqLayer> layer;
   bool rounded = false;                 // prompts go through it in f16
-  std::unique_ptr<SlicedLayer> sliced;  // for generated tokens, where there is memory for it
+  std::unique_ptr<SlicedLayer> sliced;  // for tokens in float32, where there is memory for it
 
-  int in_features() const {
-    return std::visit([](const auto& l) { return l.in_features; }, layer);
-  }
-  int out_features() const {
-    return std::visit([](const auto& l) { return l.out_features; }, layer);
-  }
+  // Of a batch whose first n_prompt tokens are prompts', the first that it takes in float32, as all after it.
+  int first_few(int n_prompt) const { return rounded ? n_prompt : 0; }
 };
 
 class CudaBackend : public Backend {
@@ -43,6 +40,7 @@ class CudaBackend : public Backend {
   double copy_bandwidth() override;
   int max_tokens() const override { return 512; }
   bool rounding_pays() const override { return true; }
+  void check_limits(const Model& model, int n_ctx) const override;
   std::byte* allocate(size_t bytes, const std::string& what) override;
   void write(std::byte* to, const void* host, size_t bytes) override;
   void read(const std::byte* from, void* host, size_t bytes) override;
@@ -79,8 +77,10 @@ class CudaBackend : public Backend {
     cudaGraphExec_t graph = nullptr;
   };
 
-  VqLayer upload(const LinearWeights& weights, const VptqWeights& vptq);
-  void apply_sliced(const CudaLinear* const* layers, float* const* y, int n_layers, const float* x, int n);
+  DenseLayer upload(const LinearWeights& layer, const DenseWeights& weights);
+  VqLayer upload(const LinearWeights& layer, const VptqWeights& weights);
+  std::unique_ptr<SlicedLayer> sliced(const LinearWeights& layer, const VptqWeights& weights);
+  void apply_few(std::initializer_list<Projection> projections, const float* x, int first, int n, int n_prompt);
   void apply_many(const CudaLinear& linear, const float* x, int n, float* y);
   void* grown(Buffer& buffer, size_t bytes, const char* what);
   void play(int n, const std::function<void(float*)>& operations, float* out);

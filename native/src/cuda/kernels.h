@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "backend.h"
 #include "cuda/runtime.h"
@@ -12,6 +13,15 @@
 #include "vptq/model.h"
 
 namespace vptq::cuda {
+
+// What the kernels can do: CudaBackend::check_limits() refuses other models. What these do not bound may be as large as
+// model.cpp lets it be: offsets of rows are 64-bit numbers, and grids have their many blocks in the first dimension.
+inline constexpr int kMaxHeadDim = 256;  // of attention: a row lies in registers, and a tile of rows in shared memory
+inline constexpr int kMaxHeads = 65535;  // of attention: they are a grid's second dimension
+// Tokens of a sequence: attention's tiles and parts may end so far behind the last one, and have to be below 2^31.
+inline constexpr int kMaxContext = std::numeric_limits<int>::max() - 4095;
+// Bytes that a block of threads can have of a multiprocessor's shared memory, from compute capability 8.0 on.
+inline constexpr size_t kLeastShared = size_t{99} << 10;
 
 // cudaSuccess if this build has machine code for the current device, or code that its driver has compiled for it.
 cudaError_t find_kernels();

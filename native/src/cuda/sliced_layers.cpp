@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <thread>
 
+#include "overloaded.h"
+
 namespace vptq::cuda {
 namespace {
 
@@ -26,19 +28,22 @@ const T* send(Memory& memory, const std::vector<T>& values, const std::string& w
 
 }  // namespace
 
-size_t SlicedLayers::bytes(const LinearWeights& w) const {
-  const auto* vptq = std::get_if<VptqWeights>(&w.weights);
-  if (!vptq || !LayerSlices::possible(vptq->columns)) return 0;
-  return LayerSlices(vptq->columns, w.out_features, shared_bytes_).max_bytes();
+size_t SlicedLayers::bytes(const LinearWeights& layer) const {
+  return std::visit(Overloaded{[](const DenseWeights&) -> size_t { return 0; },
+                               [&](const VptqWeights& w) -> size_t {
+                                 if (!LayerSlices::possible(w.columns)) return 0;
+                                 return LayerSlices(w.columns, layer.out_features, shared_bytes_).max_bytes();
+                               }},
+                    layer.weights);
 }
 
-std::unique_ptr<SlicedLayer> SlicedLayers::make(const LinearWeights& w) {
-  LayerSlices slices(std::get<VptqWeights>(w.weights).columns, w.out_features, shared_bytes_);
+std::unique_ptr<SlicedLayer> SlicedLayers::make(const LinearWeights& layer, const VptqWeights& weights) {
+  LayerSlices slices(weights.columns, layer.out_features, shared_bytes_);
   in_parallel(slices.n_tasks(), [&](int begin, int end) { slices.count(begin, end); });
   slices.lay_out();
   std::vector<uint32_t> entries(slices.n_chunks() * kChunkEntries);
   in_parallel(slices.n_tasks(), [&](int begin, int end) { slices.fill(begin, end, entries.data()); });
-  const std::string what = "layer '" + w.name + "'";
+  const std::string what = "layer '" + layer.name + "'";
   const uint32_t* run_begin = send(memory_, slices.run_begin(), what);
   return std::make_unique<SlicedLayer>(n_layers_++, std::move(slices), run_begin, send(memory_, entries, what));
 }

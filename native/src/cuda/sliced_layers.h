@@ -25,9 +25,9 @@ class SlicedLayers {
       : memory_(memory), n_blocks_(n_blocks), shared_bytes_(shared_bytes) {}
 
   // Bytes that these will take at most, beside the weights; 0 where the weights are not for vq_sliced.
-  size_t bytes(const LinearWeights& weights) const;
-  // Of weights that are for vq_sliced.
-  std::unique_ptr<SlicedLayer> make(const LinearWeights& weights);
+  size_t bytes(const LinearWeights& layer) const;
+  // Of a layer's weights that are for vq_sliced.
+  std::unique_ptr<SlicedLayer> make(const LinearWeights& layer, const VptqWeights& weights);
   // Those of a launch of these layers, shared out when it is the first one.
   const DeviceSliceJobs& jobs(std::span<const SlicedLayer* const> layers);
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <numeric>
 
 #include "indices.h"
@@ -125,8 +126,10 @@ class SortedEntries {
 }  // namespace
 
 bool LayerSlices::possible(const std::vector<VqColumns>& columns) {
-  return std::all_of(columns.begin(), columns.end(),
-                     [](const VqColumns& c) { return c.v <= kMaxSlicedVector && c.type != DType::f32; });
+  return std::all_of(columns.begin(), columns.end(), [](const VqColumns& c) {
+    const int64_t n_centroids = int64_t{c.n_groups} * std::max(c.k, c.r);  // a Slice counts them
+    return c.v <= kMaxSlicedVector && c.type != DType::f32 && n_centroids <= std::numeric_limits<int>::max();
+  });
 }
 
 LayerSlices::LayerSlices(std::vector<VqColumns> columns, int out_features, size_t shared_bytes)

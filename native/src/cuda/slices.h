@@ -48,7 +48,7 @@ struct Slice {
 
 class LayerSlices {
  public:
-  // Layers with other vectors, or codebooks in float32, are not for vq_sliced.
+  // Layers with other vectors, codebooks in float32, or 2^31 centroids and more, are not for vq_sliced.
   static bool possible(const std::vector<VqColumns>& columns);
   // columns: with indices in host memory. shared_bytes: what a block of threads can have of shared memory.
   LayerSlices(std::vector<VqColumns> columns, int out_features, size_t shared_bytes);

@@ -253,7 +253,8 @@ bool runs_backward() {
 
 }  // namespace
 
-void run_grid(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
+void run_grid(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread,
+              size_t n_left_out) {
   // Fibers stay on the OS thread that made them.
   static thread_local std::vector<std::unique_ptr<Fiber>> fibers;
   static thread_local std::vector<Fiber*> idle;
@@ -280,7 +281,7 @@ void run_grid(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, co
   const std::unique_ptr<void, decltype(&std::free)> owner(shared, &std::free);
   m.shared = static_cast<std::byte*>(shared);
 
-  const size_t n_blocks = size_t{grid.x} * grid.y * grid.z;
+  const size_t n_blocks = size_t{grid.x} * grid.y * grid.z - n_left_out;
   for (size_t i = 0; i < n_blocks; ++i) {
     const size_t b = m.backward ? n_blocks - 1 - i : i;
     block_index = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),

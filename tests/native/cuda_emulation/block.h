@@ -17,9 +17,10 @@ inline constexpr int kLanes = 32;
 extern uint3 thread_index, block_index;
 extern dim3 block_shape, grid_shape;
 
-// Runs `thread` for all threads of the grid. `kernel` is its address, for messages. A block of whose threads none can
-// go on, or that breaks a rule, ends the process with a message.
-void run_grid(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+// Runs `thread` for all threads of the grid, but for its last blocks. `kernel` is its address, for messages. A block of
+// whose threads none can go on, or that breaks a rule, ends the process with a message.
+void run_grid(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread,
+              size_t n_left_out);
 
 // For the thread that runs:
 

@@ -214,12 +214,15 @@ cudaError_t result(cudaError_t error) {
   return error;
 }
 
-cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+cudaError_t launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                    std::function<void()> thread) {
-  const cudaError_t error = check_launch(kernel, grid, block, shared_bytes);
+  const cudaError_t error = check_launch(kernel.address, grid, block, shared_bytes);
   if (error != cudaSuccess) return result(error);
-  return result(
-      submit(stream, [=, thread = std::move(thread)] { run_grid(kernel, grid, block, shared_bytes, thread); }));
+  if (is_named("VPTQ_EMULATED_FAILURE", kernel.source)) return result(cudaErrorInvalidConfiguration);
+  const size_t n_left_out = is_named("VPTQ_EMULATED_FAULT", kernel.source) ? 1 : 0;
+  return result(submit(stream, [=, thread = std::move(thread)] {
+    run_grid(kernel.address, grid, block, shared_bytes, thread, n_left_out);
+  }));
 }
 
 }  // namespace vptq::cuda::emulation

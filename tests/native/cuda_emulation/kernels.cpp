@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <map>
 #include <mutex>
+#include <string_view>
 #include <utility>
 
 #include "cuda_runtime_api.h"
@@ -43,6 +44,15 @@ cudaError_t check_launch(const void* kernel, dim3 grid, dim3 block, size_t share
   const auto allowed = allowed_shared.find(on_device(kernel));
   const size_t most = allowed == allowed_shared.end() ? kSharedBytes : allowed->second;
   return shared_bytes > most ? cudaErrorInvalidValue : cudaSuccess;
+}
+
+bool is_named(const char* variable, const char* source) {
+  const char* text = std::getenv(variable);
+  if (!text) return false;
+  const std::string_view named = text, path = source;
+  const size_t colon = named.find(':'), first = path.rfind('/') + 1;
+  if (named.substr(0, colon) != path.substr(first, path.rfind('.') - first)) return false;
+  return colon == named.npos || std::atoi(text + colon + 1) == on_device(nullptr).first;
 }
 
 }  // namespace vptq::cuda::emulation

@@ -161,6 +161,12 @@ void test_possible() {
   c.type = DType::bf16;
   c.v = kMaxSlicedVector + 1;
   EXPECT(!LayerSlices::possible({VqColumns{}, c}));
+  c.v = 1;
+  c.k = 1 << 15;
+  c.n_groups = (1 << 16) - 1;
+  EXPECT(LayerSlices::possible({c}));
+  c.n_groups = 1 << 16;
+  EXPECT(!LayerSlices::possible({c}));
 }
 
 // Every run of every slice is in one job, and every job is one block's.

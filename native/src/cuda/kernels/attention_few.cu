@@ -308,7 +308,7 @@ template <DType type>
 void attention_few_as(const AttentionUse& use, int n, int n_splits, float* workspace, Stream stream) {
   const auto run = use.kv.head_dim <= 64    ? attention_few_as<type, 64>
                    : use.kv.head_dim <= 128 ? attention_few_as<type, 128>
-                                            : attention_few_as<type, 256>;
+                                            : attention_few_as<type, kMaxHeadDim>;
   run(use, n, n_splits, workspace, stream);
 }
 

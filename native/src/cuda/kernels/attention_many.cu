@@ -295,8 +295,9 @@ __global__ void __launch_bounds__(kThreads) attention_many_kernel(AttentionUse u
 
 template <DType type, int kWidth>
 void attention_many_as(const AttentionUse& use, int n, Stream stream) {
-  constexpr int kKeys = kWidth > 128 ? 32 : 64;  // 96 KiB with 256: no more than compute capability 8.6 has
+  constexpr int kKeys = kWidth > 128 ? 32 : 64;
   constexpr size_t kShared = 2 * (kTokens + kKeys) * kWidth * sizeof(uint16_t);
+  static_assert(kShared + 2 * kTokens * sizeof(int) <= kLeastShared);
   const auto kernel = attention_many_kernel<type, kKeys, kWidth>;
   allow_shared(kernel, kShared);
   launch(kernel, Shape{dim3((n + kTokens - 1) / kTokens, use.n_head), dim3(kThreads), kShared}, stream, use, n);
@@ -306,7 +307,7 @@ template <DType type>
 void attention_many_as(const AttentionUse& use, int n, Stream stream) {
   const auto run = use.kv.head_dim <= 64    ? attention_many_as<type, 64>
                    : use.kv.head_dim <= 128 ? attention_many_as<type, 128>
-                                            : attention_many_as<type, 256>;
+                                            : attention_many_as<type, kMaxHeadDim>;
   run(use, n, stream);
 }
 

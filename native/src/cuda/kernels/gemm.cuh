@@ -192,6 +192,7 @@ bool suits(const Product& p) {
 template <class T, class Weights>
 void gemm(const typename Weights::Source& source, const Product& p, Stream stream) {
   constexpr size_t kShared = (kXStages * T::kXElements + kWStages * Weights::kElements) * sizeof(uint16_t);
+  static_assert(kShared <= kLeastShared);
   allow_shared(gemm_kernel<T, Weights>, kShared);
   launch(gemm_kernel<T, Weights>, {dim3(static_cast<unsigned>(count_tiles<T>(p))), dim3(T::kThreads), kShared}, stream,
          source, p);

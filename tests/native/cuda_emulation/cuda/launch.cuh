@@ -1,4 +1,5 @@
-// The emulation's twin of native/src/cuda/launch.cuh.
+// The emulation's twin of native/src/cuda/launch.cuh. Of launch() each source has its own, which knows the source's
+// name.
 #pragma once
 
 #include <cstddef>
@@ -23,10 +24,11 @@ void allow_shared(void (*kernel)(Parameters...), size_t bytes) {
 }
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), const Shape& shape, Stream stream, const Arguments&... arguments) {
+static void launch(void (*kernel)(Parameters...), const Shape& shape, Stream stream, const Arguments&... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments));
   const auto with = [&](Parameters... converted) {
-    check(emulation::launch(reinterpret_cast<const void*>(kernel), shape.grid, shape.block, shape.shared, stream,
+    check(emulation::launch({reinterpret_cast<const void*>(kernel), __BASE_FILE__}, shape.grid, shape.block,
+                            shape.shared, stream,
                             [kernel, values = std::tuple<Parameters...>(converted...)] { std::apply(kernel, values); }),
           "launching a kernel");
   };
