@@ -9,8 +9,8 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from vptq_runtime import _native
-from vptq_runtime.engine.draft_model import DraftModel
-from vptq_runtime.engine.ngram import NgramDrafter
+from vptq_runtime.engine.drafters.draft_model import DraftModel
+from vptq_runtime.engine.drafters.ngram import NgramDrafter
 from vptq_runtime.engine.request import Request
 from vptq_runtime.errors import OptionError
 from vptq_runtime.generation import Generation, Timings

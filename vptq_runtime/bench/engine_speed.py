@@ -8,8 +8,8 @@ import numpy as np
 
 from vptq_runtime import _native
 from vptq_runtime.bench.speed import GREEDY, SpeedTest
+from vptq_runtime.engine.drafters.ngram import NgramDrafter
 from vptq_runtime.engine.engine import Engine
-from vptq_runtime.engine.ngram import NgramDrafter
 from vptq_runtime.engine.request import Request
 
 FORCED = 100.0  # a bias that leaves a model no choice

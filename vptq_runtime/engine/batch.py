@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from vptq_runtime.engine.request import Delta, LogitsRequest, Request
-from vptq_runtime.errors import OptionError
 from vptq_runtime.generation import TokenLogprob
 
 if TYPE_CHECKING:
@@ -116,35 +115,20 @@ class Batch:
     def draw(self, context: Context) -> list[Drawn]:
         """Of each feed the next tokens, by its request's sampler; the prompts' log-probabilities and logits
         go to the requests. What fails for one is an error of its own."""
-        errors: list[Exception | None] = [None] * len(self.feeds)
-        masks = self._finished_masks(errors)
-        samplers = [
-            feed.request.sampler if feed.draws and not error else None
-            for feed, error in zip(self.feeds, errors, strict=True)
-        ]
+        samplers = [feed.request.sampler if feed.draws else None for feed in self.feeds]
         tokens: list[list[int]] = [[] for _ in self.feeds]
         if any(sampler is not None for sampler in samplers):
             try:
-                tokens = context.sample(samplers, masks)
+                tokens = context.sample(samplers, self._finished_masks())
             except Exception as error:  # some samplers may have gone on: nobody can
                 return [Drawn([], [], error) for _ in self.feeds]
-        return [
-            self._drawn(context, i, tokens[i], error or self._why_none(feed, tokens[i]))
-            for i, (feed, error) in enumerate(zip(self.feeds, errors, strict=True))
-        ]
+        return [self._drawn(context, i, drawn) for i, drawn in enumerate(tokens)]
 
-    def _why_none(self, feed: Feed, tokens: list[int]) -> Exception | None:
-        if tokens or not feed.draws:
-            return None
-        return OptionError("constraint: found no token that may come next, expected one")
-
-    def _drawn(self, context: Context, i: int, tokens: list[int], error: Exception | None) -> Drawn:
-        if error is not None:
-            return Drawn([], [], error)
+    def _drawn(self, context: Context, i: int, tokens: list[int]) -> Drawn:
         try:
             return Drawn(tokens, self._score(context, i, self.feeds[i], tokens))
-        except Exception as failed:  # no memory for the logits, say
-            return Drawn([], [], failed)
+        except Exception as error:  # no memory for the logits, say
+            return Drawn([], [], error)
 
     def _arguments(self) -> tuple[list[int], list[list[int]], list[bool], list[Want], list[Any]]:
         # A GPU hands over only the logits that the samplers need, unless somebody needs all of them.
@@ -159,17 +143,14 @@ class Batch:
             [feed.request.sampler if feed.draws and not all_logits else None for feed in self.feeds],
         )
 
-    def _finished_masks(self, errors: list[Exception | None]) -> list[NDArray[np.int32] | None]:
+    def _finished_masks(self) -> list[NDArray[np.int32] | None]:
         if self._masks is None:
             return []
         finished = iter(self._masks.result())
-        masks: list[NDArray[np.int32] | None] = []
-        for i, feed in enumerate(self.feeds):
-            mask = next(finished) if feed.draws and feed.request.constraint is not None else None
-            if isinstance(mask, Exception):
-                errors[i], mask = mask, None
-            masks.append(mask)
-        return masks
+        return [
+            next(finished) if feed.draws and feed.request.constraint is not None else None
+            for feed in self.feeds
+        ]
 
     def _score(self, context: Context, i: int, feed: Feed, tokens: list[int]) -> list[TokenLogprob]:
         request = feed.request

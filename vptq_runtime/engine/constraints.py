@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vptq_runtime.engine.grammar_trial import (
+from vptq_runtime.checks import shown
+from vptq_runtime.engine.grammar.schema_keywords import check_embedded_schemas, check_schema
+from vptq_runtime.engine.grammar.trial import (
     GrammarError,
     Vocabulary,
     check_grammar,
     matcher_of,
     reason_of,
 )
-from vptq_runtime.engine.schema_keywords import check_embedded_schemas, check_schema
 from vptq_runtime.errors import OptionError, UnsupportedError
-from vptq_runtime.generation import shown
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher

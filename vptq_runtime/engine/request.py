@@ -150,9 +150,12 @@ class Request:
         new = self.ids[n_before:]
         told = list(logprobs[: len(new)])
         self.logprobs += told
-        self.pieces.append(text)
         if self.constraint is not None and not self.finish_reason:
             self.constraint.accept(new)
+            if self.constraint.ended:
+                self.finish_reason = "stop"
+                text += self.text.flush() if self.text else ""
+        self.pieces.append(text)
         if text or new:
             self.news.append(Delta(text, new, told))
         return taken

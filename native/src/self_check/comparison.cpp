@@ -45,7 +45,7 @@ void Side::forward(Batch batch, const std::function<void(const Batch&)>& operati
   batch.blocks = blocks;
   Batch outputs;
   outputs.take_outputs_of(batch);
-  backend.forward(batch, outputs, {}, nullptr, [&](float*) { operations(batch); });
+  backend.forward(batch, outputs, {}, nullptr, true, [&](float*) { operations(batch); });
 }
 
 std::vector<float> Comparison::solve(Side& side, const Problem& problem, size_t n, const Batch& batch, int n_uses) {

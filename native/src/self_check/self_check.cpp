@@ -230,13 +230,15 @@ void SelfCheck::attention() {
   layout.n_layer = kLayer + 1;
   layout.n_head_kv = n_head_kv_;
   Side &device = compare_.device, &cpu = compare_.cpu;
-  KvCache cache({{device.backend, layout}, {cpu.backend, layout}}, kLongest);
+  const int64_t n_blocks = KvLayout::blocks_for(kPrompts[0]) + KvLayout::blocks_for(kLongest);
+  KvCache cache({{device.backend, layout}, {cpu.backend, layout}}, kLongest, n_blocks);
   Batch nothing;
   for (const int length : {kPrompts[0], kLongest}) {
-    const int id = compare_.attempt("store_kv", [&] { return cache.new_sequence(length); });
+    const int id = cache.new_sequence({});
+    compare_.attempt("store_kv", [&] { cache.reserve(id, length); });
     nothing.first_block.push_back(int32_t(device.blocks.size()));
-    device.blocks.insert(device.blocks.end(), cache.blocks(id, 0).begin(), cache.blocks(id, 0).end());
-    cpu.blocks.insert(cpu.blocks.end(), cache.blocks(id, 1).begin(), cache.blocks(id, 1).end());
+    cache.append_memory(id, 0, device.blocks);
+    cache.append_memory(id, 1, cpu.blocks);
   }
   Batch prompts = nothing, generated = nothing;
   append(prompts, 0, 0, kPrompts[0]);
@@ -352,7 +354,7 @@ void SelfCheck::largest_logits() {
     batch.outputs = {0, 1};
     outputs.take_outputs_of(batch);
     const float* x = device.copy(logits);
-    device.backend.forward(batch, outputs, {}, &top,
+    device.backend.forward(batch, outputs, {}, &top, true,
                            [&](float* out) { device.backend.select_outputs(batch, n_vocab, x, out); });
   });
   int n_wrong = 0;

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models
 
 from vptq_runtime import OptionError, Runtime, UnsupportedError, demo_path
-from vptq_runtime.engine import grammar_trial
 from vptq_runtime.engine.constraints import MAX_BYTES, Constraint, Constraints, Masks
+from vptq_runtime.engine.grammar import trial as grammar_trial
 
 
 class Model:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from fake_context import FakeClock, FakeContext, FakeSampler, alone, pass_seconds
 
-from vptq_runtime.engine.draft_model import DraftModel
-from vptq_runtime.engine.ngram import NgramDrafter
+from vptq_runtime.engine.drafters.draft_model import DraftModel
+from vptq_runtime.engine.drafters.ngram import NgramDrafter
 from vptq_runtime.engine.request import LogitsRequest, Request
 from vptq_runtime.engine.scheduler import MOST_PASSED_OVER, Scheduler
 from vptq_runtime.errors import DeviceError, FileError, OutOfMemoryError

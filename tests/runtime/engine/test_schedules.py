@@ -10,7 +10,7 @@ from fake_context import FakeClock, FakeContext, FakeSampler, alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vptq_runtime.engine.ngram import NgramDrafter
+from vptq_runtime.engine.drafters.ngram import NgramDrafter
 from vptq_runtime.engine.request import Request
 from vptq_runtime.engine.scheduler import Scheduler
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fake_context import FakeSampler
 
-from vptq_runtime.engine.ngram import NgramText
+from vptq_runtime.engine.drafters.ngram import NgramText
 from vptq_runtime.engine.request import Request
 from vptq_runtime.engine.speculation import MOST_DRAFTS, Drafts, Speculator
 from vptq_runtime.engine.step_costs import StepCosts

@@ -27,7 +27,7 @@ CPU_S = 3  # processor time of a trial; ordinary grammars take some milliseconds
 WALL_S = 60  # where other processes have the processors
 MEMORY = 1 << 30  # address space of a trial
 STACK = 1 << 27  # the library recurses over rules, 3 KB each, and ends the process where the stack does
-CHILD = "import sys; sys.path[:] = sys.argv[1:]; from vptq_runtime.engine.grammar_trial import main; main()"
+CHILD = "import sys; sys.path[:] = sys.argv[1:]; from vptq_runtime.engine.grammar.trial import main; main()"
 _stack_lock = threading.Lock()
 
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from vptq_runtime.checks import shown
 from vptq_runtime.errors import OptionError
-from vptq_runtime.generation import shown
 
 # What they hold: schemas by name, lists of schemas, a schema or a list of them, and what is no schema.
 MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions"})

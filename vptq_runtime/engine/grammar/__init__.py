@@ -1,0 +1,1 @@
+"""Grammars before they are used: what is refused, and that none hangs or fills the process."""
