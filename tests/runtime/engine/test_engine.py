@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -277,6 +279,34 @@ def test_bad_draft_models(model: Path, runtime: Runtime) -> None:
         runtime.generate("a", speculate=closed)
     with Runtime(demo_path()) as other, pytest.raises(OptionError, match="speculate: found other tokens in"):
         runtime.generate("a", speculate=other)
+
+
+def test_a_form_in_any_company(runtime: Runtime) -> None:
+    """A grammar's request is the same alone, in company and without drafts, and leaves the others alone."""
+    forms: list[dict[str, Any]] = [
+        {"json_schema": {"enum": ["fox", "dog", 5]}},
+        {"regex": "(the|fox|dog){1,4}"},
+        {"grammar": 'start: "a" start | "b"'},
+    ]
+    options: dict[str, Any] = {"max_tokens": 60, "temperature": 1.0, "seed": 3}
+    alone = [runtime.generate("the", **form, **options, speculate="off") for form in forms]
+    free = runtime.generate("the", **options)
+    streams = [runtime.submit("the", **form, **options) for form in [*forms, {}, *forms]]
+    found = [stream.result() for stream in streams]
+    assert [each.tokens for each in found] == [each.tokens for each in [*alone, free, *alone]]
+    assert [each.finish_reason for each in alone] == ["stop", "stop", "stop"]
+    assert json.loads(alone[0].text) in ["fox", "dog", 5]
+    assert re.fullmatch("(the|fox|dog){1,4}", alone[1].text) and re.fullmatch("a*b", alone[2].text)
+    assert free.tokens not in [each.tokens for each in alone]
+
+
+def test_a_form_with_everything_else(runtime: Runtime) -> None:
+    """Log-probabilities are the model's own; min_tokens does not keep a finished text from ending."""
+    generation = runtime.generate("the", regex="fox", logprobs=2, min_tokens=50, max_tokens=60, temperature=0)
+    assert (generation.text, generation.finish_reason) == ("fox", "stop")
+    assert generation.logprobs is not None and len(generation.logprobs) == len(generation.tokens)
+    with pytest.raises(OptionError, match=r"^json_schema: found .* expected"):
+        runtime.generate("the", json_schema="{")
 
 
 def test_a_full_queue(model: Path) -> None:
