@@ -2,7 +2,7 @@
 # Writes constraints.txt anew: the newest versions that pyproject.toml allows, of everything that installing,
 # building, testing and the style need. Run .ci/run with it before it lands.
 #
-# It asks the package index through uv, in an environment of its own, and installs nothing else.
+# It asks the package index through uv, in an environment of its own, and installs nothing else. Python 3.11 or later.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
