@@ -180,6 +180,7 @@ struct Context::State {
   // What was not computed is not there.
   void give_back(Pass& pass) {
     for (const Pass::Fed& feed : pass.feeds) cache.give_back(feed.sequence);
+    pass.outputs.start(0);
   }
 
   // Through so many more layers, at most; whether it has come to its end.

@@ -433,7 +433,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.context.n_free_blocks == self.N_BLOCKS
 
 
-def test_against_a_plain_model_of_it(model: _native.Model, device: str) -> None:
+def test_against_a_model_of_it(model: _native.Model, device: str) -> None:
     class Machine(CacheMachine):
         pass
 
@@ -442,3 +442,4 @@ def test_against_a_plain_model_of_it(model: _native.Model, device: str) -> None:
     run_state_machine_as_test(
         Machine, settings=settings(max_examples=n, stateful_step_count=40, deadline=None)
     )
+    del Machine.model  # hypothesis keeps the class

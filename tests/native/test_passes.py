@@ -88,7 +88,7 @@ def same(a: Sequence[NDArray[np.float32]], b: Sequence[NDArray[np.float32]]) -> 
 
 
 @pytest.mark.parametrize("feeds", BATCHES, ids=["all", "none", "step", "mixed"])
-@pytest.mark.parametrize("pieces", [[1] * 5, [2, 3], [3, 2], [4, 9], [5]], ids=str)
+@pytest.mark.parametrize("pieces", [[1] * 5, [3, 2], [2, 9]], ids=str)
 def test_in_pieces_as_in_one(
     context: _native.Context, twin: _native.Context, feeds: Feeds, pieces: list[int]
 ) -> None:
@@ -135,7 +135,7 @@ def test_others_in_between(context: _native.Context, twin: _native.Context, feed
     assert found == alone
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_any_order(context: _native.Context, twin: _native.Context, seed: int) -> None:
     """Prompts in pieces, steps and prompts whole, begun, abandoned and ended by chance: each sequence has the
     logits that it has alone."""

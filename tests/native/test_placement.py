@@ -212,7 +212,7 @@ class TestLittleMemory:
     def test_what_makes_layers_faster_takes_what_is_left(self, emulated: Emulated) -> None:
         expected = greedy(context(), [[1]], n_steps=1)
         taken = []
-        for mib in (17, 21, 54):
+        for mib in (18, 22, 55):
             emulated.have(mib)
             free = _native.Gpu().available_memory
             found = context()
