@@ -267,7 +267,7 @@ NB_MODULE(_native, m) {
       .def(
           "accept", [](Sampler& self, const Tokens& tokens, bool generated) { self.accept(tokens, generated); },
           nb::arg("tokens"), nb::arg("generated") = false)
-      .def("sample", sample, nb::arg("logits"), nb::arg("mask") = nb::none())
+      .def("sample", sample, nb::arg("logits"), nb::arg("mask") = nb::none(), no_gil)
       .def("sample_candidates", sample_candidates, nb::arg("tokens"), nb::arg("logits"))
       .def_prop_ro("n_generated", [](const Sampler& self) { return self.history().n_generated; })
       .def_prop_ro("n_candidates", [](const Sampler& self) { return self.n_candidates(); })

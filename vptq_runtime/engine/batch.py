@@ -115,16 +115,32 @@ class Batch:
     def draw(self, context: Context) -> list[Drawn]:
         """Of each feed the next tokens, by its request's sampler; the prompts' log-probabilities and logits
         go to the requests. What fails for one is an error of its own."""
-        samplers = [feed.request.sampler if feed.draws else None for feed in self.feeds]
-        tokens: list[list[int]] = [[] for _ in self.feeds]
-        if any(sampler is not None for sampler in samplers):
-            try:
-                tokens = context.sample(samplers, self._finished_masks())
-            except Exception as error:  # some samplers may have gone on: nobody can
-                return [Drawn([], [], error) for _ in self.feeds]
-        return [self._drawn(context, i, drawn) for i, drawn in enumerate(tokens)]
+        drawing = [i for i, feed in enumerate(self.feeds) if feed.draws]
+        masks = self._finished_masks()
+        try:
+            tokens = self._sample(context, drawing, masks)
+        except Exception:  # no sampler has gone on: whose it is shows when each draws by itself
+            return [self._drawn(context, i, [i] * feed.draws, masks) for i, feed in enumerate(self.feeds)]
+        return [self._scored(context, i, drawn) for i, drawn in enumerate(tokens)]
 
-    def _drawn(self, context: Context, i: int, tokens: list[int]) -> Drawn:
+    def _sample(
+        self, context: Context, drawing: Sequence[int], masks: Sequence[NDArray[np.int32] | None]
+    ) -> list[list[int]]:
+        """The tokens that these feeds draw; the others none."""
+        if not drawing:
+            return [[] for _ in self.feeds]
+        samplers = [feed.request.sampler if i in drawing else None for i, feed in enumerate(self.feeds)]
+        return context.sample(samplers, masks)
+
+    def _drawn(
+        self, context: Context, i: int, drawing: Sequence[int], masks: Sequence[NDArray[np.int32] | None]
+    ) -> Drawn:
+        try:
+            return self._scored(context, i, self._sample(context, drawing, masks)[i])
+        except Exception as error:
+            return Drawn([], [], error)
+
+    def _scored(self, context: Context, i: int, tokens: list[int]) -> Drawn:
         try:
             return Drawn(tokens, self._score(context, i, self.feeds[i], tokens))
         except Exception as error:  # no memory for the logits, say

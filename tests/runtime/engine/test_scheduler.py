@@ -12,7 +12,7 @@ from vptq_runtime.engine.drafters.draft_model import DraftModel
 from vptq_runtime.engine.drafters.ngram import NgramDrafter
 from vptq_runtime.engine.request import LogitsRequest, Request
 from vptq_runtime.engine.scheduler import MOST_PASSED_OVER, Scheduler
-from vptq_runtime.errors import DeviceError, FileError, OutOfMemoryError
+from vptq_runtime.errors import DeviceError, FileError, OptionError, OutOfMemoryError
 
 
 def make(parallel: int = 4, cache: Any = "shared", **options: Any) -> tuple[Scheduler, FakeContext]:
@@ -218,6 +218,28 @@ def test_only_the_culprit_fails(where: str) -> None:
         if i not in hit:
             assert requests[i].tokens == tokens and requests[i].error is None
     assert len(hit) < 3
+    nothing_left(scheduler, context)
+
+
+def test_a_draw_that_fails_is_one_request_s() -> None:
+    """As where a mask leaves no token: of all draws of a step none has happened then."""
+    scheduler, context = make(4)
+    requests = [request([i, i], 8) for i in range(4)]
+    culprit = requests[2].sampler
+    sample = context.sample
+
+    def failing(samplers: Any, masks: Any = ()) -> list[list[int]]:
+        if culprit in [s for s in samplers if s is culprit] and culprit.n_generated == 3:
+            raise OptionError("no token is allowed")
+        return sample(samplers, masks)
+
+    context.sample = failing  # type: ignore[method-assign]
+    add(scheduler, *requests)
+    run(scheduler)
+    for i, each in enumerate(requests):
+        tokens = alone(context, [i, i], 8)
+        assert each.tokens == (tokens[:3] if i == 2 else tokens)
+        assert isinstance(each.error, OptionError) == (i == 2)
     nothing_left(scheduler, context)
 
 
