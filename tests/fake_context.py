@@ -290,19 +290,31 @@ def pass_seconds(n_tokens: int) -> float:
     return 0.01 * (1 + n_tokens / 8)
 
 
-def alone(context: FakeContext, prompt: Sequence[int], max_tokens: int, seed: int = 0) -> list[int]:
-    """What such a context generates when there is nobody else: token by token, from an empty cache."""
-    fresh = FakeContext(
+def fresh(context: FakeContext) -> FakeContext:
+    """One of the same kind, for one sequence."""
+    return FakeContext(
         n_ctx=context.n_ctx,
         n_vocab=context.n_vocab,
         n_blocks=math.ceil(context.n_ctx / 4),
         n_batch=context.n_ctx,
         exact=context.exact,
     )
-    sequence, sampler = fresh.new_sequence(), FakeSampler(seed)
-    fresh.forward([sequence], [list(prompt)], [True], ["last"])
-    tokens = fresh.sample([sampler])[0]
+
+
+def logits_alone(context: FakeContext, prompt: Sequence[int]) -> NDArray[np.float32]:
+    """Of all tokens of a prompt."""
+    context = fresh(context)
+    context.forward([context.new_sequence()], [list(prompt)], [True], ["all"])
+    return context.logits(0)
+
+
+def alone(context: FakeContext, prompt: Sequence[int], max_tokens: int, seed: int = 0) -> list[int]:
+    """What such a context generates when there is nobody else: token by token, from an empty cache."""
+    context = fresh(context)
+    sequence, sampler = context.new_sequence(), FakeSampler(seed)
+    context.forward([sequence], [list(prompt)], [True], ["last"])
+    tokens = context.sample([sampler])[0]
     while len(tokens) < max_tokens:
-        fresh.forward([sequence], [tokens[-1:]], [False], ["last"])
-        tokens += fresh.sample([sampler])[0]
+        context.forward([sequence], [tokens[-1:]], [False], ["last"])
+        tokens += context.sample([sampler])[0]
     return tokens

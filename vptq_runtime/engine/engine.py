@@ -182,7 +182,7 @@ class Engine:
                 self._deliver(scheduler)
         except BaseException as failure:  # DeviceError, or a defect: nobody can go on
             error = self._error = failure
-        scheduler.cancel_all(error or self._closed_error())
+        scheduler.give_up(error or self._closed_error())
         self._deliver(scheduler)
 
     def _take_commands(

@@ -84,11 +84,18 @@ class Scheduler:
         if not request.ended:
             self._end(request)
 
-    def cancel_all(self, error: BaseException | None = None) -> None:
-        """Ends all requests, with an error if there is one to tell."""
+    def cancel_all(self) -> None:
+        """Ends all requests as they are."""
         for request in [*self.active, *self.waiting]:
-            request.error = error
             self._end(request)
+
+    def give_up(self, error: BaseException) -> None:
+        """Ends all requests with an error, and asks nothing more of the context: it may have failed."""
+        for request in [*self.active, *self.waiting]:
+            request.error, request.ended = error, True
+            self._changed[request] = None
+        self.active.clear()
+        self.waiting.clear()
 
     def round(self) -> bool:
         """Does a round's work; False: there is none, until somebody adds, cancels or takes something."""
@@ -110,8 +117,11 @@ class Scheduler:
             return None
         for group in _groups(feeds, self.context.n_batch):
             start = self._clock()
-            if self._run(Batch(group)):
-                self.costs.saw_step(sum(len(feed.tokens) for feed in group), self._clock() - start)
+            group = [
+                feed for feed in group if feed.request.sequence >= 0
+            ]  # a group before may have cost some
+            if group and self._run(Batch(group)):
+                self.costs.saw_step(sum(len(feed.tokens) for feed in there), self._clock() - start)
             self.counters.decode_steps += 1
         return self._clock() - begin
 
@@ -242,8 +252,8 @@ class Scheduler:
             return request.n_rest - request.n_found, request.number
 
         candidates = [request for request in self.active if not request.decodes and not request.rests]
-        if len(self.active) < self._parallel:
-            ready = (r for r in self.waiting if r.waits_for is None or not r.waits_for.computing)
+        if self._has_free_place():
+            ready = (r for r in self.waiting if not r.rests and not (r.waits_for and r.waits_for.computing))
             candidates += sorted(ready, key=key)[:MOST_TRIED]
         return sorted(candidates, key=key)
 
@@ -269,16 +279,16 @@ class Scheduler:
         """Whether a request has a place in the context; a waiting one gets it if there is one."""
         if request.sequence >= 0:
             return True
-        if len(self.active) >= self._parallel:
+        if not self._has_free_place():
             return False
         path, request.waits_for = self._find(request)
         request.n_found = len(path) * self.context.block_tokens
         if request.waits_for is not None:
             return False
-        unused = sum(block.n_users == 0 for block in path)
-        needed = self._blocks_for(len(request.ids) + 1) - len(path)
-        others = sum(1 if other.decodes else self._lacking(other, other.n_rest + 1) for other in self.active)
-        if needed + others > self.context.n_free_blocks + self.cache.n_unused - unused:
+        while not self._has_blocks(request, path):
+            if resting := [other for other in self.active if other.rests]:
+                self._give_way(max(resting, key=lambda other: other.number))
+                continue
             if not self.active:
                 self._fail(request, OutOfMemoryError(self._no_room()))
             return False
@@ -286,6 +296,17 @@ class Scheduler:
         self.active.append(request)
         self._admit(request, path)
         return True
+
+    def _has_free_place(self) -> bool:
+        return sum(not request.rests for request in self.active) < self._parallel
+
+    def _has_blocks(self, request: Request, path: Sequence[Block]) -> bool:
+        """Whether there are blocks for the whole of a request that begins with `path`, and for what the
+        others have still to feed, and one more for each."""
+        needed = self._blocks_for(len(request.ids) + 1) - len(path)
+        others = sum(1 if other.decodes else self._lacking(other, other.n_rest + 1) for other in self.active)
+        unused = self.cache.n_unused - sum(block.n_users == 0 for block in path)
+        return needed + others <= self.context.n_free_blocks + unused
 
     def _find(self, request: Request) -> tuple[list[Block], Block | None]:
         most = request.most_cached // self.context.block_tokens
@@ -313,11 +334,15 @@ class Scheduler:
         youngest = max(self.active, key=lambda request: request.number)
         if len(self.active) == 1:
             self._fail(youngest, error)
-            return
+        else:
+            self._give_way(youngest)
+
+    def _give_way(self, request: Request) -> None:
+        """Takes the place of a request, which waits for another one at the queue's head."""
         self.counters.preemptions += 1
-        self._give_up_place(youngest)
-        youngest.n_passed_over = MOST_PASSED_OVER
-        self.waiting.insert(0, youngest)
+        self._give_up_place(request)
+        request.n_passed_over = MOST_PASSED_OVER
+        self.waiting.insert(0, request)
 
     def _give_up_place(self, request: Request) -> None:
         if self._pass is not None and any(feed.request is request for feed in self._pass.feeds):
@@ -391,6 +416,8 @@ class Scheduler:
                 continue
             if tokens:
                 self._accept(request, tokens, logprobs, now)
+            if request.ended:
+                continue
             self._publish(request)
             if request.rests:
                 self._changed[request] = None
@@ -415,7 +442,7 @@ class Scheduler:
     def _publish(self, request: Request) -> None:
         """Lets others have the blocks that are full by now."""
         n_blocks = request.n_fed // self.context.block_tokens
-        if not request.uses_cache or request.sequence < 0 or n_blocks <= request.n_published:
+        if not request.uses_cache or n_blocks <= request.n_published:
             return
         request.n_published = n_blocks
         self.cache.announce(request.path, request.ids, request.generated, request.salt, n_blocks)

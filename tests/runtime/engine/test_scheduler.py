@@ -5,8 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
-from fake_context import FakeClock, FakeContext, FakeSampler, alone, pass_seconds
+from fake_context import FakeClock, FakeContext, FakeSampler, alone, logits_alone, pass_seconds
 
 from vptq_runtime.engine.drafters.draft_model import DraftModel
 from vptq_runtime.engine.drafters.ngram import NgramDrafter
@@ -354,6 +355,26 @@ def test_logits_wait_for_their_reader() -> None:
             sizes.append(len(each.piece))
             each.piece = None
     assert sizes == [8, 6]
+    nothing_left(scheduler, context)
+
+
+def test_who_rests_takes_no_place() -> None:
+    """Nor the blocks that others need: it is computed again when its reader comes back."""
+    scheduler, context = make(1, n_batch=8, n_blocks=10, n_ctx=40)
+    resting = LogitsRequest([*range(30)], FakeSampler(), 0, uses_cache=False, alone=True)
+    other = request([1] * 20, 8)
+    add(scheduler, resting)
+    run(scheduler)
+    assert resting.piece is not None and len(resting.piece) == 8
+    add(scheduler, other)
+    run(scheduler)
+    assert other.tokens == alone(context, [1] * 20, 8) and scheduler.counters.preemptions == 1
+    rows = [resting.piece]
+    while not resting.ended:
+        resting.piece = None
+        run(scheduler)
+        rows.append(resting.piece)
+    assert np.array_equal(np.concatenate(rows), logits_alone(context, [*range(30)]))
     nothing_left(scheduler, context)
 
 
