@@ -117,10 +117,8 @@ class Scheduler:
             return None
         for group in _groups(feeds, self.context.n_batch):
             start = self._clock()
-            group = [
-                feed for feed in group if feed.request.sequence >= 0
-            ]  # a group before may have cost some
-            if group and self._run(Batch(group)):
+            there = [feed for feed in group if feed.request.sequence >= 0]  # one before may have cost some
+            if there and self._run(Batch(there)):
                 self.costs.saw_step(sum(len(feed.tokens) for feed in there), self._clock() - start)
             self.counters.decode_steps += 1
         return self._clock() - begin
