@@ -1,12 +1,8 @@
 """What the system does to a process that has a Runtime: a fork, a limit."""
 
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-
-import vptq_runtime
 
 
 def run(script: str, model: Path) -> str:
@@ -15,24 +11,6 @@ def run(script: str, model: Path) -> str:
     return subprocess.run(
         command, stdout=subprocess.PIPE, text=True, timeout=60, check=True, cwd=model.parent
     ).stdout
-
-
-def test_a_source_tree_says_what_it_is(tmp_path: Path) -> None:
-    """-S: no installed packages, whose editable ones would come first."""
-    package = Path(vptq_runtime.__file__).parent
-    shutil.copytree(package, tmp_path / "vptq_runtime", ignore=shutil.ignore_patterns("*.so", "demo"))
-    for arguments in (
-        ["-c", "import vptq_runtime; vptq_runtime.Runtime"],
-        ["-m", "vptq_runtime", "-m", "x", "-p", "a"],
-    ):
-        done = subprocess.run(
-            [sys.executable, "-S", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == 1
-        assert re.search(
-            r"rror: .*vptq_runtime has no native library: .* install the tree as editable",
-            done.stderr.splitlines()[-1],
-        )
 
 
 FORK = """
