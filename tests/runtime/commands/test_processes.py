@@ -7,10 +7,7 @@ from pathlib import Path
 
 def run(script: str, model: Path) -> str:
     command = [sys.executable, "-c", script, str(model)]
-    # Python looks for modules where it runs first: not in the source tree, which lacks the native one.
-    return subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, timeout=60, check=True, cwd=model.parent
-    ).stdout
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True).stdout
 
 
 FORK = """
