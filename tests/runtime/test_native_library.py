@@ -135,10 +135,18 @@ def test_no_library_at_all(clone: Path, installed: Path, monkeypatch: pytest.Mon
     assert result.stdout.splitlines() == [expected] * 2
 
 
-def test_commands_say_it_in_one_line(clone: Path, installed: Path) -> None:
-    change(clone / "__init__.py", f'__version__ = "{vptq_runtime.__version__}"', '__version__ = "7.8.9"')
+def test_commands_say_it_in_one_line(clone: Path, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "from vptq_runtime.commands.run import main; raise SystemExit(main(['-m', 'x.gguf', '-p', 'x']))"
-    result = run(code, clone, installed)
-    assert result.returncode == 1
-    assert result.stderr.startswith(f"vptq-run: error: {installed}/_native.")
-    assert result.stderr.count("\n") == 1
+
+    def said() -> str:
+        result = run(code, clone, installed)
+        assert result.returncode == 1
+        assert result.stderr.count("\n") == 1
+        return result.stderr
+
+    change(clone / "__init__.py", f'__version__ = "{vptq_runtime.__version__}"', '__version__ = "7.8.9"')
+    assert said().startswith(f"vptq-run: error: {installed}/_native.")
+    for library in installed.glob("_native.*"):
+        library.unlink()
+    monkeypatch.setattr(sys, "path", [])
+    assert said().startswith(f"vptq-run: error: {clone}: found no native library, expected one")
