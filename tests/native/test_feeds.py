@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from feeding import all_logits, prefill, step
+from gpu import need_gpu
 from numpy.typing import NDArray
 from tiny_gguf import N_VOCAB, write_tiny
 
@@ -210,6 +211,7 @@ class TestSample:
     @pytest.mark.gpu
     def test_another_sampler(self, model: _native.Model) -> None:
         """One that needs what has not been brought is refused, not served with something else."""
+        need_gpu()
         context = _native.Context(model, device="cuda", n_ctx=200, n_threads=2, kv_type="f32")
         sequence, sampler = context.new_sequence(), _native.Sampler(**GREEDY | {"repeat_penalty": 1.1})
         sampler.accept([1, 2])
