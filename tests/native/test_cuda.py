@@ -148,7 +148,7 @@ class TestModelsBeyondTheKernels:
         assert str(error.value) == why
         on_cpu = self.context(model, "auto")
         assert on_cpu.device.startswith("cpu (") and on_cpu.why_not_cuda == why
-        assert np.isfinite(on_cpu.logits(on_cpu.new_sequence(2), [1, 2])).all()
+        assert np.isfinite(all_logits(on_cpu, on_cpu.new_sequence(), [1, 2])).all()
 
     def test_a_context_of_two_to_the_31st(self, tmp_path: Path) -> None:
         model = heads_model(tmp_path, 1, 1, 2)
@@ -162,10 +162,10 @@ class TestModelsBeyondTheKernels:
         on_gpu, on_cpu = (self.context(model, device) for device in ("cuda", "cpu"))
         logits = []
         for found in (on_gpu, on_cpu):
-            sequence = found.new_sequence(40)
-            logits.append(found.logits(sequence, list(range(35))))
-            found.step([sequence], [[7]], [_native.Sampler(**GREEDY)], [False])
-            logits.append(found.logits(sequence, [9]))
+            sequence = found.new_sequence()
+            logits.append(all_logits(found, sequence, list(range(35))))
+            step(found, [sequence], [[7]], [_native.Sampler(**GREEDY)], [False])
+            logits.append(all_logits(found, sequence, [9]))
         assert relative_l2(logits[0], logits[2]) < 1e-3
         assert relative_l2(logits[1], logits[3]) < 1e-3
 

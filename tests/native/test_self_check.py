@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from feeding import all_logits
 from gpu import need_gpu
 from layer_tensors import Raw, raw, vptq_layer
 from tiny_gguf import KEYS, tensors, write
@@ -162,7 +163,7 @@ def test_a_wrong_kernel_is_found(emulated: pytest.MonkeyPatch, tmp_path: Path, s
         context(model, device="auto", gpu_layers=99)
     found = context(model, device="auto")
     assert found.device.startswith("cpu (") and found.why_not_cuda == str(error.value)
-    assert np.isfinite(found.logits(found.new_sequence(2), [1, 2])).all()
+    assert np.isfinite(all_logits(found, found.new_sequence(), [1, 2])).all()
 
 
 @pytest.mark.gpu
