@@ -61,8 +61,10 @@ void Batches::put(const Batch& batch, int slot) {
 
 void Batches::reserve_blocks(size_t n) {
   if (n <= max_blocks_) return;
-  max_blocks_ = std::max(n, 2 * max_blocks_);
-  device_blocks_ = reinterpret_cast<std::byte**>(memory_.allocate(max_blocks_ * sizeof(std::byte*), "the batch"));
+  const size_t most = std::max(n, 2 * max_blocks_);
+  device_blocks_ = reinterpret_cast<std::byte**>(memory_.allocate(most * sizeof(std::byte*), "the batch"));
+  max_blocks_ = most;
+  blocks_.clear();  // nothing lies there yet
   ++addresses_;
 }
 

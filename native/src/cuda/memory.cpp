@@ -71,13 +71,11 @@ void Memory::send(std::byte* to, const std::byte* from, size_t bytes) {
 }
 
 const std::byte* Memory::upload(const std::byte* data, size_t bytes, const std::string& what) {
-  const auto [known, fresh] = uploaded_.try_emplace({data, bytes}, nullptr);
-  if (fresh) {
-    std::byte* to = allocate(bytes, what);
-    send(to, data, bytes);
-    known->second = to;
-  }
-  return known->second;
+  if (const auto known = uploaded_.find({data, bytes}); known != uploaded_.end()) return known->second;
+  std::byte* to = allocate(bytes, what);
+  send(to, data, bytes);
+  uploaded_.emplace(std::pair{data, bytes}, to);
+  return to;
 }
 
 }  // namespace vptq::cuda

@@ -51,15 +51,13 @@ std::unique_ptr<SlicedLayer> SlicedLayers::make(const LinearWeights& layer, cons
 const DeviceSliceJobs& SlicedLayers::jobs(std::span<const SlicedLayer* const> layers) {
   std::vector<int> numbers;
   for (const SlicedLayer* layer : layers) numbers.push_back(layer->number);
-  const auto [known, fresh] = jobs_.try_emplace(numbers);
-  if (fresh) {
-    std::vector<const LayerSlices*> slices;
-    for (const SlicedLayer* layer : layers) slices.push_back(&layer->slices);
-    const SliceJobs shared = share_out(slices, n_blocks_);
-    known->second = {send(memory_, shared.jobs, "a launch's jobs"), shared.n_blocks, shared.n_centroids,
-                     shared.n_columns, shared_bytes_};
-  }
-  return known->second;
+  if (const auto known = jobs_.find(numbers); known != jobs_.end()) return known->second;
+  std::vector<const LayerSlices*> slices;
+  for (const SlicedLayer* layer : layers) slices.push_back(&layer->slices);
+  const SliceJobs shared = share_out(slices, n_blocks_);
+  const DeviceSliceJobs jobs{send(memory_, shared.jobs, "a launch's jobs"), shared.n_blocks, shared.n_centroids,
+                             shared.n_columns, shared_bytes_};
+  return jobs_.emplace(std::move(numbers), jobs).first->second;
 }
 
 }  // namespace vptq::cuda
