@@ -32,7 +32,7 @@ struct KvLayout {
   }
   size_t layer_bytes() const { return 2 * n_head_kv * head_bytes(); }
   size_t block_bytes() const { return n_layer * layer_bytes(); }
-  static int64_t blocks_for(int64_t n_tokens) { return (n_tokens + kBlockTokens - 1) / kBlockTokens; }
+  static int64_t blocks_for(int64_t n_tokens) { return n_tokens / kBlockTokens + (n_tokens % kBlockTokens != 0); }
 };
 
 // New tokens of one or more sequences, fed together. Sequence s has the blocks

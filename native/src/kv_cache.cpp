@@ -1,6 +1,7 @@
 #include "kv_cache.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "vptq/error.h"
@@ -9,6 +10,12 @@ namespace vptq {
 namespace {
 
 constexpr int kBlockTokens = KvLayout::kBlockTokens;
+
+// Room for n elements, so that push_back() throws nothing.
+template <class T>
+void grow(std::vector<T>& v, size_t n) {
+  if (n > v.capacity()) v.reserve(std::max(n, 2 * v.capacity()));
+}
 
 // "12 blocks of 32 tokens"
 std::string blocks_text(int64_t n) {
@@ -22,7 +29,14 @@ KvCache::KvCache(const std::vector<Part>& parts, int n_ctx, int64_t n_blocks) : 
   allow(n_blocks);
 }
 
-void KvCache::allow(int64_t n_blocks) { n_blocks_ = std::min<int64_t>(n_blocks, std::numeric_limits<int32_t>::max()); }
+void KvCache::allow(int64_t n_blocks) {
+  n_blocks_ = most_blocks_ = std::min<int64_t>(n_blocks, std::numeric_limits<int32_t>::max());
+}
+
+int64_t KvCache::n_blocks() const {
+  if (n_blocks_ == most_blocks_ || std::ranges::any_of(sequences_, &Sequence::used)) return n_blocks_;
+  return n_that_fit();
+}
 
 std::string KvCache::lack(int64_t n_blocks) const {
   for (const Pool& pool : pools_) {
@@ -42,23 +56,39 @@ void KvCache::check_memory(int64_t n_tokens) const {
                            "; a smaller n_ctx, or kv_type q8_0, needs less");
 }
 
-// Makes sure that n blocks can be taken.
+// Blocks that have memory or would get some, of those that are allowed.
+int64_t KvCache::n_that_fit() const {
+  double n = double(most_blocks_);
+  for (const Pool& pool : pools_) {
+    const double more = std::floor(double(pool.backend.available_memory()) / double(pool.layout.block_bytes()));
+    n = std::min(n, double(pool.memory.size()) + more);
+  }
+  return int64_t(n);
+}
+
+// Makes sure that n blocks can be taken, and later given back, without an error.
 void KvCache::make_room(int64_t n) {
   if (n > n_free_blocks())
     throw OutOfMemoryError("the KV cache is full: found " + std::to_string(n_free_blocks()) + " free of " +
-                           blocks_text(n_blocks_) + ", expected " + std::to_string(n) + " (option kv_tokens)");
+                           blocks_text(n_blocks()) + ", expected " + std::to_string(n) + " (option kv_tokens)");
   const int64_t fresh = n - int64_t(free_.size());
   if (fresh <= 0) return;
-  const size_t n_wanted = blocks_.size() + size_t(fresh);
-  if (n_with_memory() >= n_wanted) return;
+  const size_t n_wanted = blocks_.size() + size_t(fresh), n_there = n_with_memory();
+  grow(blocks_, n_wanted);
+  grow(free_, n_wanted);
+  if (n_there >= n_wanted) return;
+  const auto lacking = int64_t(n_wanted - n_there);
+  if (const std::string what = lack(lacking); !what.empty()) {
+    n_blocks_ = n_that_fit();  // and are not taken yet: others may want the memory, too
+    throw OutOfMemoryError("no memory for more of the KV cache than " + blocks_text(n_blocks_) + ": " +
+                           std::to_string(lacking) + " more than " + std::to_string(n_there) + " " + what);
+  }
   try {
-    const std::string lacking = lack(fresh);
-    if (!lacking.empty())
-      throw OutOfMemoryError("no memory for more of the KV cache than " + blocks_text(int64_t(blocks_.size())) +
-                             ": the next " + std::to_string(fresh) + " " + lacking);
-    for (Pool& pool : pools_)
+    for (Pool& pool : pools_) {
+      grow(pool.memory, n_wanted);
       while (pool.memory.size() < n_wanted)
         pool.memory.push_back(pool.backend.allocate(pool.layout.block_bytes(), "the KV cache"));
+    }
   } catch (const OutOfMemoryError&) {
     n_blocks_ = int64_t(n_with_memory());
     throw;
@@ -112,14 +142,16 @@ int KvCache::new_sequence(std::span<const int32_t> prefix) {
                         std::to_string(blocks_[block].n_tokens) + " tokens, expected full ones of " +
                         std::to_string(kBlockTokens));
   }
+  std::vector<int32_t> blocks(prefix.begin(), prefix.end());
+  n_blocks_ = n_blocks();
   const auto it = std::find_if(sequences_.begin(), sequences_.end(), [](const Sequence& s) { return !s.used; });
   const auto id = it - sequences_.begin();
   if (it == sequences_.end()) sequences_.emplace_back();
   Sequence& sequence = sequences_[id];
   sequence.used = true;
   sequence.n_tokens = static_cast<int>(prefix.size()) * kBlockTokens;
-  sequence.blocks.assign(prefix.begin(), prefix.end());
-  for (const int32_t block : prefix) ++blocks_[block].n_sequences;
+  sequence.blocks = std::move(blocks);
+  for (const int32_t block : sequence.blocks) ++blocks_[block].n_sequences;
   return static_cast<int>(id);
 }
 
@@ -176,6 +208,7 @@ void KvCache::reserve(int id, int n) {
                       std::to_string(n_ctx_) + " (option n_ctx)");
   const int64_t lacking = KvLayout::blocks_for(length) - int64_t(sequence.blocks.size());
   make_room(lacking);
+  if (lacking > 0) grow(sequence.blocks, sequence.blocks.size() + size_t(lacking));
   for (int64_t i = 0; i < lacking; ++i) sequence.blocks.push_back(take());
 }
 

@@ -24,10 +24,12 @@ class KvCache {
 
   // Throws OutOfMemoryError if n_tokens more tokens could not be held.
   void check_memory(int64_t n_tokens) const;
-  // The numbers that blocks can have: 0 to n_blocks() - 1. They become fewer where memory ends before.
+  // The numbers that blocks can have: 0 to n_blocks() - 1. Where memory ends before, they are those that fit into it,
+  // until there is no sequence: then what memory there is counts again. Not earlier: whoever has to give way for want
+  // of memory would be let in again at once.
   void allow(int64_t n_blocks);
-  int64_t n_blocks() const { return n_blocks_; }
-  int64_t n_free_blocks() const { return n_blocks_ - int64_t(blocks_.size()) + int64_t(free_.size()); }
+  int64_t n_blocks() const;
+  int64_t n_free_blocks() const { return n_blocks() - int64_t(blocks_.size()) + int64_t(free_.size()); }
 
   // A new sequence that begins with these blocks: full ones, in use or held. Throws OptionError.
   int new_sequence(std::span<const int32_t> prefix);
@@ -76,6 +78,7 @@ class KvCache {
   void check_in_use(int32_t block) const;
   std::string lack(int64_t n_blocks) const;  // of memory; empty where there is enough
   void make_room(int64_t n);
+  int64_t n_that_fit() const;
   size_t n_with_memory() const;  // blocks, in all pools
   int32_t take();
   void drop(int32_t block);
@@ -83,7 +86,7 @@ class KvCache {
   void keep_blocks(Sequence& sequence, int64_t n);  // the first n
 
   int n_ctx_;
-  int64_t n_blocks_;
+  int64_t n_blocks_, most_blocks_;   // while there are sequences, and where memory lasts
   std::vector<Sequence> sequences_;  // by id; ids of freed sequences are used again
   std::vector<Pool> pools_;          // (parts)
   std::vector<Block> blocks_;        // by number: those that have been used
