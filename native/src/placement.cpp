@@ -20,6 +20,9 @@ bool self_check_is_wanted() {
   return !wanted || std::string_view(wanted) != "off";
 }
 
+// Tokens that the cache is to hold.
+int64_t kv_tokens(const ContextOptions& options) { return std::max<int64_t>(options.n_ctx, options.kv_tokens); }
+
 // The layers from range.begin on, at most to range.end, that fit.
 LayerRange most_that_fit(const LayerBytes& bytes, LayerRange range, double free) {
   LayerRange out{range.begin, range.begin};
@@ -42,8 +45,8 @@ std::vector<LayerRange> filled(const LayerBytes& bytes, LayerRange layers, std::
 class Gpus {
  public:
   // Throws as make_cuda_backend() and Backend::check_limits().
-  Gpus(const Model& model, const KvLayout& layout, int n_ctx)
-      : model_(model), layout_(layout), n_ctx_(n_ctx), n_devices_(cuda_device_count()) {
+  Gpus(const Model& model, const KvLayout& layout, const ContextOptions& options)
+      : model_(model), layout_(layout), options_(options), n_devices_(cuda_device_count()) {
     add();
   }
 
@@ -58,7 +61,7 @@ class Gpus {
       return;
     }
     const Backend& gpu = *backends_.back();
-    gpu.check_limits(model_, n_ctx_);
+    gpu.check_limits(model_, options_.n_ctx);
     // As much as the activations take, operations may take for themselves.
     const size_t others =
         2 * Transformer::activation_bytes(model_.hyperparameters(), gpu.max_tokens()) + gpu.total_memory() / kKeptFree;
@@ -80,17 +83,19 @@ class Gpus {
     return out;
   }
 
-  double kv_bytes() const { return double(KvLayout::blocks_for(n_ctx_)) * double(layout_.layer_bytes()); }  // a layer's
+  double kv_bytes() const {
+    return double(KvLayout::blocks_for(kv_tokens(options_))) * double(layout_.layer_bytes());
+  }  // a layer's
   const std::vector<size_t>& free() const { return free_; }
   double all_free() const { return std::accumulate(free_.begin(), free_.end(), 0.0); }
 
   // Throws DeviceError where a GPU that gets layers computes other numbers than the CPU.
-  void check(const std::vector<LayerRange>& ranges, const ContextOptions& options) const {
-    const std::unique_ptr<Backend> cpu = make_cpu_backend(options.n_threads);
+  void check(const std::vector<LayerRange>& ranges) const {
+    const std::unique_ptr<Backend> cpu = make_cpu_backend(options_.n_threads);
     for (size_t i = 0; i < ranges.size(); ++i) {
       if (ranges[i].size() == 0) continue;
       const std::unique_ptr<Backend> gpu = make_cuda_backend(int(i));  // whose memory is free again afterwards
-      self_check(*gpu, *cpu, {model_, ranges[i], layout_, rounds(*gpu, options)});
+      self_check(*gpu, *cpu, {model_, ranges[i], layout_, rounds(*gpu, options_)});
     }
   }
 
@@ -109,7 +114,7 @@ class Gpus {
  private:
   const Model& model_;
   KvLayout layout_;
-  int n_ctx_;
+  const ContextOptions& options_;
   int n_devices_;
   std::vector<std::unique_ptr<Backend>> backends_;
   std::vector<size_t> free_;
@@ -137,16 +142,18 @@ int most_layers(const Gpus& gpus, int n_layer) {
   return n;
 }
 
-std::string does_not_fit(const Gpus& gpus, LayerRange layers, int n_ctx, int most) {
+std::string does_not_fit(const Gpus& gpus, LayerRange layers, const ContextOptions& options, int most) {
   const LayerBytes bytes = gpus.bytes(false);
   const size_t n_layer = bytes.layers.size(), n = layers.size(), n_gpus = gpus.free().size();
   const double need = bytes.of(layers);
+  const std::string option = options.kv_tokens > options.n_ctx ? "kv_tokens" : "n_ctx";
   return "device cuda: the " +
          (n == n_layer ? "model's weights" : "weights of " + std::to_string(n) + (n == 1 ? " layer" : " layers")) +
-         " of " + gib(need - double(n) * gpus.kv_bytes()) + " and the KV cache for " + std::to_string(n_ctx) +
-         " tokens (option n_ctx) need " + gib(need) + ", " + gib(gpus.all_free()) + " are available" +
-         (n_gpus > 1 ? " on " + std::to_string(n_gpus) + " GPUs" : "") + "; " + std::to_string(most) + " of " +
-         std::to_string(n_layer) + " layers fit (option gpu_layers), and a smaller n_ctx, or kv_type q8_0, needs less";
+         " of " + gib(need - double(n) * gpus.kv_bytes()) + " and the KV cache for " +
+         std::to_string(kv_tokens(options)) + " tokens (option " + option + ") need " + gib(need) + ", " +
+         gib(gpus.all_free()) + " are available" + (n_gpus > 1 ? " on " + std::to_string(n_gpus) + " GPUs" : "") +
+         "; " + std::to_string(most) + " of " + std::to_string(n_layer) +
+         " layers fit (option gpu_layers), and a smaller " + option + ", or kv_type q8_0, needs less";
 }
 
 }  // namespace
@@ -182,9 +189,9 @@ Placement place(const Model& model, const KvLayout& layout, const ContextOptions
   Placement out;
   std::optional<Gpus> gpus;
   try {
-    if (n_gpu > 0) gpus.emplace(model, layout, options.n_ctx);
+    if (n_gpu > 0) gpus.emplace(model, layout, options);
   } catch (const Error& e) {
-    if (options.device == "cuda") throw;
+    if (!as_many_as_fit) throw;
     out.why_not_cuda = e.what();
     n_gpu = 0;
   }
@@ -192,12 +199,12 @@ Placement place(const Model& model, const KvLayout& layout, const ContextOptions
     std::vector<LayerRange> ranges = on_gpus(*gpus, {n_layer - n_gpu, n_layer});
     if (ranges.empty()) {
       const int most = most_layers(*gpus, n_layer);
-      out.why_not_cuda = does_not_fit(*gpus, {n_layer - n_gpu, n_layer}, options.n_ctx, most);
+      out.why_not_cuda = does_not_fit(*gpus, {n_layer - n_gpu, n_layer}, options, most);
       if (!as_many_as_fit) throw OutOfMemoryError(out.why_not_cuda);
       n_gpu = most;
       ranges = split(gpus->bytes(false), {n_layer - n_gpu, n_layer}, gpus->free());
     }
-    if (self_check_is_wanted()) gpus->check(ranges, options);
+    if (self_check_is_wanted()) gpus->check(ranges);
     out.parts = gpus->take(ranges);
   }
   if (n_gpu < n_layer)

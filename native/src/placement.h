@@ -37,9 +37,10 @@ struct Placement {
 // Whether prompts go through a backend's layers in 16-bit numbers.
 bool rounds(const Backend& backend, const ContextOptions& options);
 
-// As options.device and options.gpu_layers want it, with memory for a sequence of n_ctx tokens whose cache has
-// `layout`. Throws UnsupportedError (no GPU, or a model that is beyond its kernels), OutOfMemoryError (too few bytes
-// free), DeviceError (other numbers than the CPU's: self_check/) where these leave no choice, OptionError.
+// As options.device and options.gpu_layers want it, with memory for a cache of n_ctx tokens, or kv_tokens where
+// these are more, that has `layout`. Throws UnsupportedError (no GPU, or a model that is beyond its kernels),
+// OutOfMemoryError (too few bytes free), DeviceError (other numbers than the CPU's: self_check/) where these leave no
+// choice, OptionError.
 Placement place(const Model& model, const KvLayout& layout, const ContextOptions& options);
 
 }  // namespace vptq

@@ -167,6 +167,9 @@ def test_a_driver_without_a_gpu(emulated: Emulated, monkeypatch: pytest.MonkeyPa
         with pytest.raises(UnsupportedError, match=f"^{why}$"):
             make()
     assert context(device="auto").why_not_cuda == why
+    with pytest.raises(UnsupportedError, match=f"^{why}$"):  # what was asked for is not done elsewhere
+        context(device="auto", gpu_layers=2)
+    assert context(device="auto", gpu_layers=0).why_not_cuda == ""
 
 
 @pytest.mark.gpu
