@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <new>
 
 #include "kv_cache.h"
 #include "placement.h"
@@ -222,6 +223,7 @@ struct Context::State {
     const size_t most_kept = std::max(n, kKeptRows * n_vocab());
     if (logits.use_count() > 1 || n > n_room || n_room > most_kept) {
       logits.reset();
+      n_room = 0;  // the next line can throw
       logits = std::make_shared_for_overwrite<float[]>(n);
       n_room = n;
     }
@@ -261,15 +263,22 @@ Context::Context(std::shared_ptr<const Model> model, const ContextOptions& optio
                                                   : "at least 0"));
   const Hyperparameters& h = model->hyperparameters();
   const KvLayout layout{h.n_layer, h.n_head_kv, h.head_dim, kv_type_of(options.kv_type, h.head_dim)};
+  const bool may_fall_back = options.device == "auto" && options.gpu_layers < 0;
+  std::string why_not_cuda;
   try {
     state_ = std::make_unique<State>(model, options, layout, place(*model, layout, options));
+    return;
   } catch (const Error& e) {  // what the place for it has not shown
-    if (options.device != "auto" || options.gpu_layers >= 0) throw;
-    ContextOptions on_cpu = options;
-    on_cpu.device = "cpu";
-    state_ = std::make_unique<State>(model, on_cpu, layout, place(*model, layout, on_cpu));
-    state_->why_not_cuda = e.what();
+    if (!may_fall_back) throw;
+    why_not_cuda = e.what();
+  } catch (const std::bad_alloc&) {
+    if (!may_fall_back) throw;
+    why_not_cuda = "device cuda: no memory left on the host";
   }
+  ContextOptions on_cpu = options;
+  on_cpu.device = "cpu";
+  state_ = std::make_unique<State>(model, on_cpu, layout, place(*model, layout, on_cpu));
+  state_->why_not_cuda = why_not_cuda;
 }
 
 Context::~Context() = default;

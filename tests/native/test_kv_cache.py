@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulated import Emulated
+from emulated import MIB, Emulated
 from feeding import all_logits, prefill
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -235,10 +235,16 @@ class TestEmulatedMemory:
         assert 313 < context.n_blocks < 64 * 313
 
     def test_memory_that_ends_before(self, emulated: Emulated, model: _native.Model) -> None:
-        emulated.have(1.5)
         options: dict[str, Any] = {"device": "cuda", "n_threads": 1, "kv_type": "f32"}
+        emulated.have(1.5)
+        with pytest.raises(
+            OutOfMemoryError, match=r"KV cache for 1000000000 tokens \(option kv_tokens\) need"
+        ):
+            _native.Context(model, n_ctx=320, kv_tokens=10**9, **options)
+        emulated.have(200 * 1024)
         context = _native.Context(model, n_ctx=320, kv_tokens=10**9, **options)
         assert context.n_blocks == 10**9 // 32
+        emulated.have(1.5)
         sequences = []
         with pytest.raises(OutOfMemoryError, match=r"^no memory for more of the KV cache than \d+ blocks"):
             while len(sequences) < 100:
@@ -253,6 +259,50 @@ class TestEmulatedMemory:
         whole = all_logits(context, sequence, TOKENS)
         context.truncate(sequence, 50)
         assert np.array_equal(all_logits(context, sequence, TOKENS[50:]), whole[50:])
+
+    def test_memory_that_ends_before_and_comes_again(self, emulated: Emulated, model: _native.Model) -> None:
+        emulated.have(8)
+        context = _native.Context(model, device="cuda", n_ctx=320, n_threads=1, kv_type="f32", kv_tokens=6400)
+        emulated.have(1.5)
+        sequences = [context.new_sequence()]
+        prefill(context, sequences, [[1] * 320])
+        before = context.available_memory
+        emulated.have(1.5 + (3 * BLOCK_BYTES - before) / MIB)
+        assert context.available_memory < 4 * BLOCK_BYTES
+        n_there = 10 + context.available_memory // BLOCK_BYTES
+        sequences.append(context.new_sequence())
+        for _ in range(2):
+            with pytest.raises(OutOfMemoryError):
+                prefill(context, sequences[1:], [[1] * 320])
+            assert (context.n_blocks, context.n_free_blocks) == (n_there, n_there - 10)
+        prefill(context, sequences[1:], [[1] * (n_there - 10) * BLOCK])  # as many as it says
+        assert context.n_free_blocks == 0
+        emulated.have(1.5)
+        context.hold(context.blocks(sequences[0]))
+        context.free_sequence(sequences[0])
+        assert context.n_blocks == n_there  # a sequence is left
+        context.free_sequence(sequences[1])
+        assert n_there < context.n_blocks <= 200  # whoever holds some
+        sequences = [context.new_sequence()]
+        prefill(context, sequences, [[1] * 320])
+        assert len(context.blocks(sequences[0])) == 10
+
+    def test_no_memory_for_a_block(self, emulated: Emulated, model: _native.Model) -> None:
+        emulated.have(1.5)
+        context = _native.Context(model, device="cuda", n_ctx=320, n_threads=1, kv_type="f32", kv_tokens=640)
+        emulated.have(1.5 - context.available_memory / MIB)
+        sequence = context.new_sequence()
+        with pytest.raises(
+            OutOfMemoryError, match=r"^no memory for more of the KV cache than 0 blocks of 32"
+        ):
+            prefill(context, [sequence], [TOKENS])
+        assert context.n_blocks == context.n_free_blocks == 0
+        context.free_sequence(sequence)
+        assert context.n_blocks == 0
+        emulated.have(1.5)
+        assert context.n_blocks == context.n_free_blocks == 20  # although there was no sequence since
+        sequence = context.new_sequence()
+        assert len(all_logits(context, sequence, TOKENS)) == len(TOKENS)
 
 
 class CacheMachine(RuleBasedStateMachine):

@@ -70,7 +70,7 @@ class Context {
   // The KV cache's blocks of block_tokens() tokens have numbers from 0 to n_blocks() - 1. One may belong to several
   // sequences, and be held; it is free when nobody uses it.
   static int block_tokens();
-  int64_t n_blocks() const;  // becomes less where memory ends before
+  int64_t n_blocks() const;  // less where memory has ended before, until there is no sequence
   int64_t n_free_blocks() const;
 
   // Begins with these blocks, shared with whoever else has them: full ones, in use or held.
@@ -97,7 +97,7 @@ class Context {
   bool advance(int n_layers);
   void abandon();  // the batch under way never was; without one nothing happens
 
-  // Of the batch that came to its end last:
+  // Of the batch that came to its end last; none after an error in another one's last layers:
 
   // Each feed's next tokens, none without a sampler: drawn from the logits of its first wanted token on, as long as the
   // token drawn is the next one of the feed. So of drafts those that were right are drawn again from their own logits.
