@@ -48,34 +48,38 @@ void Side::forward(Batch batch, const std::function<void(const Batch&)>& operati
   backend.forward(batch, outputs, {}, nullptr, true, [&](float*) { operations(batch); });
 }
 
-std::vector<float> Comparison::solve(Side& side, const Problem& problem, size_t n, const Batch& batch, int n_uses) {
+std::vector<float> Comparison::solve(Side& side, const Problem& problem, size_t n, std::span<const Batch> plays) {
   side.forget();
   const Step step = problem(side);
-  side.forward(batch, step.operations);
-  for (int i = 1; i < n_uses; ++i) {
-    side.write(std::vector<float>(n, kNaN), step.results);
-    side.forward(batch, step.operations);
+  for (size_t i = 0; i < plays.size(); ++i) {
+    if (i > 0) side.write(std::vector<float>(n, kNaN), step.results);
+    if (i > 0 && i + 1 == plays.size()) step.change();
+    side.forward(plays[i], step.operations);
   }
   return side.read(step.results, n);
 }
 
-void Comparison::check(const std::string& operation, double most, const Problem& problem, size_t n, const Batch& batch,
-                       int n_uses) {
-  const auto found = attempt(operation, [&] { return solve(device, problem, n, batch, n_uses); });
-  expect(operation, most, found, solve(cpu, problem, n, batch));
+void Comparison::check(const std::string& operation, double most, const Problem& problem, size_t n,
+                       std::span<const Batch> plays) {
+  const auto found = attempt(operation, [&] { return solve(device, problem, n, plays); });
+  expect(operation, most, found, solve(cpu, problem, n, plays));
 }
 
 void Comparison::expect(const std::string& operation, double most, std::span<const float> found,
                         std::span<const float> expected) const {
   double error = 0, size = 0;
-  size_t n_lost = 0;
+  size_t n_lost = 0, n_compared = 0;
   for (size_t i = 0; i < expected.size(); ++i) {
     if (!std::isfinite(expected[i])) continue;  // a model's rope frequencies can be too large
+    ++n_compared;
     n_lost += !std::isfinite(found[i]);
     const double difference = double(found[i]) - double(expected[i]);
     error += difference * difference;
     size += double(expected[i]) * double(expected[i]);
   }
+  if (n_compared == 0 && !expected.empty())
+    fail(operation,
+         "none of " + std::to_string(expected.size()) + " numbers is finite on the CPU, expected some to be");
   if (n_lost > 0)
     fail(operation, std::to_string(n_lost) + " of " + std::to_string(found.size()) +
                         " numbers are not finite, expected all of them to be");
@@ -86,7 +90,11 @@ void Comparison::expect(const std::string& operation, double most, std::span<con
 }
 
 void Comparison::fail(const std::string& operation, const std::string& what) const {
-  throw DeviceError("device " + device.backend.description() + ": self-check of " + operation + ": " + what);
+  throw DeviceError(name(operation) + what);
+}
+
+std::string Comparison::name(const std::string& operation) const {
+  return "device " + device.backend.description() + ": self-check of " + operation + ": ";
 }
 
 std::vector<float> Comparison::numbers(size_t n, float size) {

@@ -44,6 +44,7 @@ class Side {
 struct Step {
   float* results;
   std::function<void(const Batch&)> operations;
+  std::function<void()> change = [] {};  // puts other inputs in their place
 };
 using Problem = std::function<Step(Side&)>;
 
@@ -52,19 +53,25 @@ class Comparison {
   Comparison(Backend& device, Backend& cpu) : device(device), cpu(cpu) {}
 
   // Both throw DeviceError where more than `most` lies between n numbers of a problem, as relative L2 in float64, or
-  // where the device fails. n_uses: it is to do the step so many times, of which the last counts.
-  void check(const std::string& operation, double most, const Problem& problem, size_t n, const Batch& batch,
-             int n_uses = 1);
+  // where the device fails. Numbers that are not finite on the CPU don't count, but not all of them may be.
+  void check(const std::string& operation, double most, const Problem& problem, size_t n, const Batch& batch) {
+    check(operation, most, problem, n, std::span(&batch, 1));
+  }
+  // The step is done on each of these batches of the same sizes, on the last one of several with the changed inputs:
+  // its results count.
+  void check(const std::string& operation, double most, const Problem& problem, size_t n, std::span<const Batch> plays);
   void expect(const std::string& operation, double most, std::span<const float> found,
               std::span<const float> expected) const;
 
-  static std::vector<float> solve(Side& side, const Problem& problem, size_t n, const Batch& batch, int n_uses = 1);
+  static std::vector<float> solve(Side& side, const Problem& problem, size_t n, std::span<const Batch> plays);
 
-  // What is done on the device for an operation: its errors are the operation's.
+  // What is done on the device for an operation: its errors are the operation's. A lack of memory is no wrong number.
   template <class Work>
   auto attempt(const std::string& operation, const Work& work) const {
     try {
       return work();
+    } catch (const OutOfMemoryError& e) {
+      throw OutOfMemoryError(name(operation) + e.what());
     } catch (const Error& e) {
       fail(operation, e.what());
     }
@@ -76,6 +83,9 @@ class Comparison {
 
   Side device, cpu;
   std::mt19937_64 random;
+
+ private:
+  std::string name(const std::string& operation) const;
 };
 
 }  // namespace vptq

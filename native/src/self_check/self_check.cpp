@@ -24,6 +24,7 @@ constexpr double kFloat16 = 1e-3;  // a prompt's
 constexpr int kTall = 12701, kNarrow = 101, kLow = 67, kWide = 4500;
 constexpr int kOne[] = {1}, kFew[] = {1, 2, 3, 7};        // tokens in float32: kernels take up to 1, 2, 4 and 8
 constexpr int kShort[] = {33}, kLong[] = {65, 129, 257};  // a prompt's
+constexpr int kFewBehind = 2;                             // generated tokens in a prompt's batch
 constexpr int kUses = 3;                                  // layers on the same x
 
 // Attention.
@@ -31,7 +32,7 @@ constexpr int kHeadElements = 1 << 15;  // of a token's query heads
 constexpr int kPrompts[] = {75, 45};    // tokens of two sequences: a few blocks of cache each, the last one not full
 constexpr int kLongest = 2085;          // of the second one in the end: more blocks than attention is split into parts
 constexpr int kWindows[] = {40, 2060};  // in the place of the model's, which may see more
-constexpr int kPlays = 3;               // of a generated token's step: as it is, recorded, and from the recording
+constexpr int kBack[] = {40, 700};      // so many tokens earlier are those of another step of the same sizes
 constexpr int kLayer = 1;               // of two
 
 // The other operations.
@@ -95,7 +96,7 @@ class SelfCheck {
   void rope();
   void attention();
   void store(const KvLayout& layout, const Batch& batch);
-  void attend(const std::string& operation, const KvLayout& layout, double most, const Batch& batch, int n_uses);
+  void attend(const std::string& operation, const KvLayout& layout, double most, std::span<const Batch> plays);
   void elementwise();
   void select_outputs();
   void largest_logits();
@@ -159,9 +160,10 @@ void SelfCheck::linear_layers(bool with_output) {
   }
 }
 
-// W x of a layer w, for n tokens x (n, in_features): y (n_uses, n, out_features), by as many projections.
+// W x of a layer w, for n tokens x (n, in_features), the first n_prompt a prompt's: y (n_uses, n, out_features), by as
+// many projections.
 std::vector<float> apply(Side& side, const Linear& layer, const LinearWeights& w, const std::vector<float>& x, int n,
-                         bool prompt, int n_uses) {
+                         int n_prompt, int n_uses) {
   const size_t n_in = w.in_features, n_out = w.out_features;
   const Problem problem = [&](Side& s) -> Step {
     float* y = s.results(n_uses * n * n_out);
@@ -169,14 +171,15 @@ std::vector<float> apply(Side& side, const Linear& layer, const LinearWeights& w
               for (int t = 0, step; t < n; t += step) {
                 step = std::min(n - t, b.max_tokens());
                 const auto use = [&](int u) { return Projection{layer, y + (u * n + t) * n_out}; };
+                const int of_prompt = std::clamp(n_prompt - t, 0, step);
                 if (n_uses == 1)
-                  b.apply({use(0)}, x + t * n_in, step, prompt ? step : 0);
+                  b.apply({use(0)}, x + t * n_in, step, of_prompt);
                 else
-                  b.apply({use(0), use(1), use(2)}, x + t * n_in, step, prompt ? step : 0);
+                  b.apply({use(0), use(1), use(2)}, x + t * n_in, step, of_prompt);
               }
             }};
   };
-  return Comparison::solve(side, problem, n_uses * n * n_out, batch_of(1));
+  return Comparison::solve(side, problem, n_uses * n * n_out, std::vector{batch_of(1)});
 }
 
 // few, prompts: numbers of tokens in float32 and in 16-bit numbers, ascending.
@@ -184,7 +187,7 @@ void SelfCheck::linear_layer(const std::string& kind, const LinearWeights& w, st
                              std::span<const int> prompts) {
   const int most = std::max(few.back(), prompts.empty() ? 0 : prompts.back());
   const std::vector<float> x = compare_.numbers(size_t(most) * w.in_features);
-  const std::vector<float> expected = apply(compare_.cpu, *compare_.cpu.backend.linear(w, false), w, x, most, false, 1);
+  const std::vector<float> expected = apply(compare_.cpu, *compare_.cpu.backend.linear(w, false), w, x, most, 0, 1);
 
   Backend& device = compare_.device.backend;
   const size_t extra = device.extra_memory(w);
@@ -192,19 +195,24 @@ void SelfCheck::linear_layer(const std::string& kind, const LinearWeights& w, st
     const std::string name = "linear layers (" + kind + ")" + (allowed < extra ? " in little memory" : "");
     device.allow_extra_memory(allowed);
     const auto layer = compare_.attempt(name, [&] { return device.linear(w, !prompts.empty()); });
-    const auto check = [&](int n, bool prompt) {
-      const std::string operation = name + ", " + tokens(n) + (prompt ? " of a prompt" : "");
-      const int n_uses = prompt ? 1 : kUses;
+    const auto check = [&](int n, int n_prompt) {
+      const int n_few = n - n_prompt;
+      const std::string operation = name + ", " + tokens(n_prompt ? n_prompt : n) + (n_prompt ? " of a prompt" : "") +
+                                    (n_prompt && n_few ? " and " + std::to_string(n_few) + " generated" : "");
+      const int n_uses = n_few ? kUses : 1;
       const auto found =
-          compare_.attempt(operation, [&] { return apply(compare_.device, *layer, w, x, n, prompt, n_uses); });
-      const size_t size = size_t(n) * w.out_features;
-      for (int u = 0; u < n_uses; ++u)
-        compare_.expect(operation, prompt ? kFloat16 : kFloat32, std::span(found).subspan(u * size, size),
-                        std::span(expected).first(size));
+          compare_.attempt(operation, [&] { return apply(compare_.device, *layer, w, x, n, n_prompt, n_uses); });
+      const size_t size = size_t(n) * w.out_features, of_prompt = size_t(n_prompt) * w.out_features;
+      for (int u = 0; u < n_uses; ++u) {
+        const auto y = std::span(found).subspan(u * size, size), right = std::span(expected).first(size);
+        compare_.expect(operation, kFloat16, y.first(of_prompt), right.first(of_prompt));
+        compare_.expect(operation, kFloat32, y.subspan(of_prompt), right.subspan(of_prompt));
+      }
     };
-    for (const int n : few) check(n, false);
-    if (allowed == extra)  // to prompts it makes no difference
-      for (const int n : prompts) check(n, true);
+    for (const int n : few) check(n, 0);
+    if (allowed < extra || prompts.empty()) continue;  // to prompts it makes no difference
+    for (const int n : prompts) check(n, n);
+    check(prompts.front(), prompts.front() - kFewBehind);
   }
 }
 
@@ -231,20 +239,24 @@ void SelfCheck::attention() {
   layout.n_head_kv = n_head_kv_;
   Side &device = compare_.device, &cpu = compare_.cpu;
   const int64_t n_blocks = KvLayout::blocks_for(kPrompts[0]) + KvLayout::blocks_for(kLongest);
-  KvCache cache({{device.backend, layout}, {cpu.backend, layout}}, kLongest, n_blocks);
+  KvCache on_device({{device.backend, layout}}, kLongest, n_blocks),
+      on_cpu({{cpu.backend, layout}}, kLongest, n_blocks);
   Batch nothing;
-  for (const int length : {kPrompts[0], kLongest}) {
+  const auto add = [&](Side& side, KvCache& cache, int length) {
     const int id = cache.new_sequence({});
-    compare_.attempt("store_kv", [&] { cache.reserve(id, length); });
+    cache.reserve(id, length);
+    cache.append_memory(id, 0, side.blocks);
+  };
+  for (const int length : {kPrompts[0], kLongest}) {
     nothing.first_block.push_back(int32_t(device.blocks.size()));
-    cache.append_memory(id, 0, device.blocks);
-    cache.append_memory(id, 1, cpu.blocks);
+    compare_.attempt("store_kv", [&] { add(device, on_device, length); });
+    add(cpu, on_cpu, length);
   }
-  Batch prompts = nothing, generated = nothing;
+  Batch prompts = nothing, both = nothing, generated = nothing;
   append(prompts, 0, 0, kPrompts[0]);
   append(prompts, 1, 0, kPrompts[1]);
   if (scope_.rounded) prompts.n_prompt = prompts.n();
-  attend("store_kv and attention of prompts", layout, scope_.rounded ? kFloat16 : kFloat32, prompts, 1);
+  attend("store_kv and attention of prompts", layout, scope_.rounded ? kFloat16 : kFloat32, std::span(&prompts, 1));
 
   for (int begin = kPrompts[1], end; begin < kLongest - 1; begin = end) {
     end = std::min(begin + prompts.n(), kLongest - 1);
@@ -255,7 +267,15 @@ void SelfCheck::attention() {
   append(generated, 0, kPrompts[0] - 1, kPrompts[0]);
   append(generated, 1, kLongest - 1, kLongest);
   generated.outputs = {0, 1};  // such a step is recorded
-  attend("store_kv and attention of generated tokens", layout, kFloat32, generated, kPlays);
+  Batch earlier = generated;
+  for (int i : {0, 1}) earlier.positions[i] -= kBack[i];
+  // The first one is done as it is, the second recorded, and the last one done from the recording.
+  attend("store_kv and attention of generated tokens", layout, kFloat32, std::vector{generated, generated, earlier});
+  if (!scope_.rounded) return;
+  append(both, 0, kPrompts[0] / 2, kPrompts[0]);
+  both.n_prompt = both.n();
+  append(both, 1, kLongest - 1, kLongest);
+  attend("store_kv and attention of prompts and generated tokens", layout, kFloat16, std::span(&both, 1));
 }
 
 void SelfCheck::store(const KvLayout& layout, const Batch& batch) {
@@ -270,26 +290,33 @@ void SelfCheck::store(const KvLayout& layout, const Batch& batch) {
   on(compare_.cpu);
 }
 
-void SelfCheck::attend(const std::string& operation, const KvLayout& layout, double most, const Batch& batch,
-                       int n_uses) {
+void SelfCheck::attend(const std::string& operation, const KvLayout& layout, double most,
+                       std::span<const Batch> plays) {
   std::set<int> windows;
   for (int i = scope_.layers.begin; i < scope_.layers.end; ++i)
     for (const int window : kWindows) windows.insert(std::min(h_.sliding_window[i], window));
-  const size_t size = size_t(batch.n()) * n_head_ * h_.head_dim;
-  const std::vector<float> k = compare_.numbers(size_t(batch.n()) * n_head_kv_ * h_.head_dim);
+  const int n = plays[0].n();
+  const size_t size = size_t(n) * n_head_ * h_.head_dim;
+  const std::vector<float> k = compare_.numbers(size_t(n) * n_head_kv_ * h_.head_dim);
   const std::vector<float> v = compare_.numbers(k.size()), q = compare_.numbers(size, 4);
+  const std::vector<float> other_k = compare_.numbers(k.size()), other_v = compare_.numbers(k.size());
   const Problem problem = [&](Side& s) -> Step {
-    float* out = s.results(windows.size() * size);
-    return {out, [&, out, q = s.copy(q), k = s.copy(k), v = s.copy(v)](const Batch& batch) {
-              s.backend.store_kv(batch, layout, kLayer, k, v);
+    float *out = s.results(windows.size() * size), *there_k = s.copy(k), *there_v = s.copy(v);
+    return {out,
+            [&, out, there_k, there_v, q = s.copy(q)](const Batch& batch) {
+              s.backend.store_kv(batch, layout, kLayer, there_k, there_v);
               float* to = out;
               for (const int window : windows) {
                 s.backend.attention(batch, layout, kLayer, n_head_, window, q, to);
                 to += size;
               }
+            },
+            [&, there_k, there_v] {
+              s.write(other_k, there_k);
+              s.write(other_v, there_v);
             }};
   };
-  compare_.check(operation, most, problem, windows.size() * size, batch, n_uses);
+  compare_.check(operation, most, problem, windows.size() * size, plays);
 }
 
 void SelfCheck::elementwise() {
