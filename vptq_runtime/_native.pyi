@@ -1,4 +1,4 @@
-"""The native runtime. All methods release the GIL while they compute; errors are vptq_runtime.errors."""
+"""The native runtime. What loads, runs a model or samples releases the GIL; errors are vptq_runtime.errors."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -40,6 +40,8 @@ class Sampler:
     First the logits are adjusted: repeat penalty, presence and frequency penalty, bias, bans (end tokens
     while there are fewer than min_tokens, and what a mask does not allow), in this order. Then top-k, top-p,
     min-p, temperature. What token number n is drawn with depends on the seed and n alone.
+
+    One call at a time, also of a Context's with this sampler: the GIL is released while they compute.
     """
 
     def __init__(
@@ -92,7 +94,8 @@ class Sampler:
         """Whose logits are not used as they are; ascending, with numbers that are no tokens."""
 
 class Context:
-    """A model on a device with a KV cache shared by many sequences. One call at a time.
+    """A model on a device with a KV cache shared by many sequences. One call at a time: the GIL is
+    released while it computes.
 
     The cache's blocks have numbers from 0 to n_blocks - 1, and hold block_tokens tokens each. A block may
     belong to several sequences, and be held; it is free when nobody uses it.
@@ -140,7 +143,8 @@ class Context:
         """Tokens of a block of the KV cache: 32."""
     @property
     def n_blocks(self) -> int:
-        """Most blocks of the KV cache. They become fewer where memory ends before."""
+        """Most blocks of the KV cache. Where memory ends before they become fewer, until there is no sequence:
+        then they are as many as memory holds at that time."""
     @property
     def n_free_blocks(self) -> int:
         """Of the n_blocks, those that nobody uses."""

@@ -216,14 +216,9 @@ LogitsOut logits(const Context& context, int feed) {
   return LogitsOut(data, {n, n_vocab}, owner);
 }
 
-}  // namespace
+using NoGil = nb::call_guard<nb::gil_scoped_release>;
 
-NB_MODULE(_native, m) {
-  nb::register_exception_translator(translate);
-  const nb::call_guard<nb::gil_scoped_release> no_gil;
-  m.attr("version") = VPTQ_VERSION;
-  m.attr("interface") = VPTQ_INTERFACE;
-
+void bind_model(nb::module_& m) {
   nb::class_<Model>(m, "Model")
       .def(
           "__init__",
@@ -241,7 +236,9 @@ NB_MODULE(_native, m) {
       .def_prop_ro("tensors", tensors)
       .def("linear_names", linear_names)
       .def("dequantize", dequantize, nb::arg("name"));
+}
 
+void bind_sampler(nb::module_& m) {
   nb::class_<Sampler>(m, "Sampler")
       .def(
           "__init__",
@@ -267,7 +264,7 @@ NB_MODULE(_native, m) {
       .def(
           "accept", [](Sampler& self, const Tokens& tokens, bool generated) { self.accept(tokens, generated); },
           nb::arg("tokens"), nb::arg("generated") = false)
-      .def("sample", sample, nb::arg("logits"), nb::arg("mask") = nb::none(), no_gil)
+      .def("sample", sample, nb::arg("logits"), nb::arg("mask") = nb::none(), NoGil())
       .def("sample_candidates", sample_candidates, nb::arg("tokens"), nb::arg("logits"))
       .def_prop_ro("n_generated", [](const Sampler& self) { return self.history().n_generated; })
       .def_prop_ro("n_candidates", [](const Sampler& self) { return self.n_candidates(); })
@@ -276,7 +273,9 @@ NB_MODULE(_native, m) {
         self.adjusted_tokens(out);
         return out;
       });
+}
 
+void bind_context(nb::module_& m) {
   nb::class_<Context>(m, "Context")
       .def(
           "__init__",
@@ -318,15 +317,17 @@ NB_MODULE(_native, m) {
       .def(
           "release", [](Context& self, const Tokens& blocks) { self.release(blocks); }, nb::arg("blocks"))
       .def("forward", forward, nb::arg("sequences"), nb::arg("tokens"), nb::arg("prompts") = nb::tuple(),
-           nb::arg("wants") = nb::tuple(), nb::arg("samplers") = nb::tuple(), no_gil)
+           nb::arg("wants") = nb::tuple(), nb::arg("samplers") = nb::tuple(), NoGil())
       .def("begin", begin, nb::arg("sequences"), nb::arg("tokens"), nb::arg("prompts") = nb::tuple(),
-           nb::arg("wants") = nb::tuple(), nb::arg("samplers") = nb::tuple(), no_gil)
-      .def("advance", &Context::advance, nb::arg("n_layers"), no_gil)
+           nb::arg("wants") = nb::tuple(), nb::arg("samplers") = nb::tuple(), NoGil())
+      .def("advance", &Context::advance, nb::arg("n_layers"), NoGil())
       .def("abandon", &Context::abandon)
-      .def("sample", sample_feeds, nb::arg("samplers"), nb::arg("masks") = nb::tuple(), no_gil)
-      .def("log_probs", log_probs, nb::arg("feed"), nb::arg("tokens"), nb::arg("n_top"), no_gil)
+      .def("sample", sample_feeds, nb::arg("samplers"), nb::arg("masks") = nb::tuple(), NoGil())
+      .def("log_probs", log_probs, nb::arg("feed"), nb::arg("tokens"), nb::arg("n_top"), NoGil())
       .def("logits", logits, nb::arg("feed"));
+}
 
+void bind_gpu(nb::module_& m) {
   nb::class_<vptq::Backend>(m, "Gpu")
       .def(nb::new_([] {
         const nb::gil_scoped_release release;
@@ -335,8 +336,19 @@ NB_MODULE(_native, m) {
       .def_prop_ro("description", &vptq::Backend::description)
       .def_prop_ro("total_memory", &vptq::Backend::total_memory)
       .def_prop_ro("available_memory", &vptq::Backend::available_memory)
-      .def("copy_bandwidth", &vptq::Backend::copy_bandwidth, no_gil);
+      .def("copy_bandwidth", &vptq::Backend::copy_bandwidth, NoGil());
+}
 
+}  // namespace
+
+NB_MODULE(_native, m) {
+  nb::register_exception_translator(translate);
+  m.attr("version") = VPTQ_VERSION;
+  m.attr("interface") = VPTQ_INTERFACE;
+  bind_model(m);
+  bind_sampler(m);
+  bind_context(m);
+  bind_gpu(m);
   m.def("philox", vptq::philox, nb::arg("counter"), nb::arg("key"));
   m.def("cpu_isas", vptq::cpu::available_isas);
   m.def("physical_cores", vptq::cpu::physical_cores);
