@@ -180,8 +180,6 @@ def test_samplers(context: _native.Context, twin: _native.Context) -> None:
     """The batch before can be asked until this one comes to its end."""
     expected = step(twin, begun(twin, 2), [[1, 2, 3], [4]], [_native.Sampler(**GREEDY) for _ in range(2)])
     before = context.new_sequence()
-    context.forward([before], [[7]])
-    logits = context.logits(0).copy()
     samplers = [_native.Sampler(**GREEDY) for _ in range(2)]
     context.begin(begun(context, 2), [[1, 2, 3], [4]], samplers=samplers)
     context.forward([before], [[7]])

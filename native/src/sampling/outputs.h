@@ -15,7 +15,7 @@ class Outputs {
  public:
   explicit Outputs(int n_vocab) : n_vocab_(n_vocab) {}
 
-  // First the batch's feeds, those whose logits come first in it first. None have come yet: is_there() is false.
+  // First the batch's feeds, those whose logits come first in it first. No logits are there yet.
   void start(size_t n_feeds);
   void add(size_t place, const Feed& feed);
   size_t n() const { return next_.size(); }  // rows of logits
@@ -26,7 +26,6 @@ class Outputs {
   TopLogits* top() { return has_top_ ? &top_ : nullptr; }
   void bring(std::shared_ptr<float[]> logits);  // (n(), n_vocab); empty where top() is all
   bool is_finite() const;
-  bool is_there() const { return is_there_; }
 
   // As Context has them.
   void sample(std::span<Sampler* const> samplers, std::span<const std::span<const int32_t>> masks,

@@ -46,9 +46,7 @@ struct Workspace {
   bool is_empty() const { return candidates.empty() && likeliest.is_empty(); }
   void offer(const float* logits, int begin, int end) {
     if (!all) return likeliest.offer(logits, begin, end);
-    candidates.resize(candidates.size() + size_t(end - begin));
-    Candidate* to = candidates.data() + candidates.size();
-    for (int token = end; token-- > begin;) *--to = {token, logits[token]};
+    for (int token = begin; token < end; ++token) candidates.push_back({token, logits[token]});
   }
 };
 
