@@ -1,4 +1,4 @@
-"""The native runtime. What loads, runs a model or samples releases the GIL; errors are vptq_runtime.errors."""
+"""The native runtime. Loading, computing and sampling release the GIL; errors are vptq_runtime.errors."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -143,7 +143,7 @@ class Context:
         """Tokens of a block of the KV cache: 32."""
     @property
     def n_blocks(self) -> int:
-        """Most blocks of the KV cache. Where memory ends before they become fewer, until there is no sequence:
+        """Most blocks of the KV cache. Fewer where memory has ended before, until there is no sequence:
         then they are as many as memory holds at that time."""
     @property
     def n_free_blocks(self) -> int:

@@ -182,7 +182,7 @@ void begin(Context& context, const std::vector<int>& sequences, const std::vecto
 
 std::vector<Tokens> sample_feeds(Context& context, const std::vector<Sampler*>& samplers,
                                  const std::vector<std::optional<MasksIn>>& masks) {
-  const size_t n_words = (size_t(context.model().hyperparameters().n_vocab) + 31) / 32;
+  const size_t n_words = vptq::mask_words(size_t(context.model().hyperparameters().n_vocab));
   std::vector<std::span<const int32_t>> spans;
   for (size_t i = 0; i < masks.size(); ++i) {
     spans.emplace_back();

@@ -36,10 +36,6 @@ void expect(bool condition, const char* what) {
   if (!condition) throw OptionError(what);
 }
 
-DType kv_type_of(const std::string& name) {
-  return name == "q8_0" ? DType::q8_0 : name == "f32" ? DType::f32 : DType::f16;
-}
-
 Tensor to_tensor(const std::string& name, const RawTensor& raw) {
   Tensor t;
   t.name = name;
@@ -238,8 +234,7 @@ class Operations {
            "expected q (n, n_head * head_dim), k and v (n_tokens, n_head_kv * head_dim), n <= n_tokens");
     const int n = int(q.shape(0)), n_tokens = int(k.shape(0)), head_dim = int(q.shape(1)) / n_head;
     // The second of two layers, so that a wrong layer's offset shows.
-    const KvLayout layout{2, n_head_kv, head_dim, kv_type_of(kv_type)};
-    expect(layout.type != DType::q8_0 || head_dim % kQ8Block == 0, "q8_0: expected head_dim a multiple of 32");
+    const KvLayout layout{2, n_head_kv, head_dim, kv_type_of(kv_type, head_dim)};
     KvCache cache({{*backend_, layout}}, n_tokens, KvLayout::blocks_for(n_tokens));
     const int id = cache.new_sequence({}), at_once = backend_->max_tokens();
     cache.reserve(id, n_tokens);
@@ -307,7 +302,7 @@ std::vector<int> split_layers(const std::vector<double>& layers, double embeddin
 double self_check_of(const Model& model, const std::string& isa, const std::string& kv_type, bool rounded,
                      int n_threads) {
   const Hyperparameters& h = model.hyperparameters();
-  const KvLayout layout{h.n_layer, h.n_head_kv, h.head_dim, kv_type_of(kv_type)};
+  const KvLayout layout{h.n_layer, h.n_head_kv, h.head_dim, kv_type_of(kv_type, h.head_dim)};
   const nb::gil_scoped_release release;
   const auto begin = std::chrono::steady_clock::now();
   cpu::CpuBackend device(n_threads, isa);

@@ -26,10 +26,7 @@ struct KvLayout {
   int n_layer, n_head_kv, head_dim;
   DType type;  // F16, F32, or, where kQ8Block divides head_dim, Q8_0
 
-  size_t head_bytes() const {
-    const size_t elements = size_t(kBlockTokens) * head_dim;
-    return type == DType::q8_0 ? elements / kQ8Block * kQ8BlockBytes : elements * (type == DType::f32 ? 4 : 2);
-  }
+  size_t head_bytes() const { return bytes_of(type, size_t(kBlockTokens) * head_dim); }
   size_t layer_bytes() const { return 2 * n_head_kv * head_bytes(); }
   size_t block_bytes() const { return n_layer * layer_bytes(); }
   static int64_t blocks_for(int64_t n_tokens) { return n_tokens / kBlockTokens + (n_tokens % kBlockTokens != 0); }

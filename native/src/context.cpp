@@ -13,15 +13,6 @@
 namespace vptq {
 namespace {
 
-DType kv_type_of(const std::string& name, int head_dim) {
-  if (name == "q8_0" && head_dim % kQ8Block != 0)
-    throw OptionError("kv_type: found q8_0, expected f16 or f32: q8_0 takes " + std::to_string(kQ8Block) +
-                      " elements together, which do not divide this model's head_dim of " + std::to_string(head_dim));
-  for (const auto& [known, type] : {std::pair{"f16", DType::f16}, {"f32", DType::f32}, {"q8_0", DType::q8_0}})
-    if (name == known) return type;
-  throw OptionError("kv_type: found '" + name + "', expected f16, f32 or q8_0");
-}
-
 constexpr int64_t kMostSequences = 64;   // of n_ctx tokens, that the KV cache has room for unless kv_tokens says so
 constexpr double kShareForCache = 0.75;  // of the memory that the weights leave
 constexpr size_t kKeptRows = 64;         // of logits, whose memory is kept for the next batch

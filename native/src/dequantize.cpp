@@ -11,7 +11,7 @@ namespace {
 
 std::vector<float> floats(const Tensor* t) {
   if (!t) return {};
-  std::vector<float> out(t->bytes / (t->type == DType::f32 ? 4 : 2));
+  std::vector<float> out(t->bytes / bytes_of(t->type, 1));
   to_float(t->type, t->data, out.size(), out.data());
   return out;
 }
@@ -26,7 +26,7 @@ void dequantize_q8_0(const Tensor& t, size_t n, float* out) {
 }
 
 void dequantize_columns(const VqColumns& c, const LinearWeights& layer, const uint16_t* perm, float* out) {
-  const size_t element = c.type == DType::f32 ? 4 : 2;
+  const size_t element = bytes_of(c.type, 1);
   const int bits = c.index_bits + c.res_bits;
   for (int q = 0; q < c.n_groups; ++q)
     for (int b = 0; b < c.n_blocks; ++b)

@@ -24,6 +24,15 @@ std::string blocks_text(int64_t n) {
 
 }  // namespace
 
+DType kv_type_of(const std::string& name, int head_dim) {
+  if (name == "q8_0" && head_dim % kQ8Block != 0)
+    throw OptionError("kv_type: found q8_0, expected f16 or f32: q8_0 takes " + std::to_string(kQ8Block) +
+                      " elements together, which do not divide this model's head_dim of " + std::to_string(head_dim));
+  for (const auto& [known, type] : {std::pair{"f16", DType::f16}, {"f32", DType::f32}, {"q8_0", DType::q8_0}})
+    if (name == known) return type;
+  throw OptionError("kv_type: found '" + name + "', expected f16, f32 or q8_0");
+}
+
 KvCache::KvCache(const std::vector<Part>& parts, int n_ctx, int64_t n_blocks) : n_ctx_(n_ctx) {
   for (const Part& part : parts) pools_.push_back({part, {}});
   allow(n_blocks);

@@ -11,6 +11,9 @@
 
 namespace vptq {
 
+// The type that option kv_type names. Throws OptionError, also for q8_0 where its blocks do not divide head_dim.
+DType kv_type_of(const std::string& name, int head_dim);
+
 class KvCache {
  public:
   struct Part {

@@ -5,6 +5,18 @@
 
 namespace vptq {
 
+size_t bytes_of(DType type, size_t n) {
+  switch (type) {
+    case DType::f32:
+    case DType::i32: return 4 * n;
+    case DType::f16:
+    case DType::bf16:
+    case DType::i16: return 2 * n;
+    case DType::q8_0: return n / kQ8Block * kQ8BlockBytes;
+  }
+  return 0;
+}
+
 std::string type_name(DType type) {
   switch (type) {
     case DType::f32: return "F32";

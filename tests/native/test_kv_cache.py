@@ -238,7 +238,7 @@ class TestEmulatedMemory:
         options: dict[str, Any] = {"device": "cuda", "n_threads": 1, "kv_type": "f32"}
         emulated.have(1.5)
         with pytest.raises(
-            OutOfMemoryError, match=r"KV cache for 1000000000 tokens \(option kv_tokens\) need"
+            OutOfMemoryError, match=r"cache for 1000000000 tokens \(option kv_tokens\) need"
         ):
             _native.Context(model, n_ctx=320, kv_tokens=10**9, **options)
         emulated.have(200 * 1024)
@@ -293,7 +293,7 @@ class TestEmulatedMemory:
         emulated.have(1.5 - context.available_memory / MIB)
         sequence = context.new_sequence()
         with pytest.raises(
-            OutOfMemoryError, match=r"^no memory for more of the KV cache than 0 blocks of 32"
+            OutOfMemoryError, match=r"^no memory for more of the KV cache than 0 blocks of"
         ):
             prefill(context, [sequence], [TOKENS])
         assert context.n_blocks == context.n_free_blocks == 0

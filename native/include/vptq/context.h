@@ -101,7 +101,7 @@ class Context {
 
   // Each feed's next tokens, none without a sampler: drawn from the logits of its first wanted token on, as long as the
   // token drawn is the next one of the feed. So of drafts those that were right are drawn again from their own logits.
-  // masks: none, or one a feed, (wanted tokens, ceil(n_vocab / 32)) as Sampler::sample has them, or empty.
+  // masks: none, or one a feed, (wanted tokens, mask_words(n_vocab)) as Sampler::sample has them, or empty.
   // An error leaves all samplers as they were. Throws OptionError.
   void sample(std::span<Sampler* const> samplers, std::span<const std::span<const int32_t>> masks,
               std::vector<std::vector<int32_t>>& out);

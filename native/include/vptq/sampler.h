@@ -24,6 +24,9 @@ struct SamplingOptions {
   std::vector<int32_t> end_tokens;
 };
 
+// A mask has a bit for each token: bit t % 32 of word t / 32 says whether token t is allowed.
+constexpr size_t mask_words(size_t n_vocab) { return (n_vocab + 31) / 32; }
+
 bool all_finite(std::span<const float> values);
 bool all_finite(std::span<const Candidate> candidates);
 
@@ -52,8 +55,7 @@ class Sampler {
   // Draws a token from logits (n_vocab) and adds it to the history. First they are adjusted: repeat penalty over the
   // last 64 tokens, presence and frequency penalty (logit -= presence * (count > 0) + frequency * count of generated
   // ones: OpenAI's API reference), bias, bans. Then top-k, top-p, min-p, temperature.
-  // mask (ceil(n_vocab / 32)), or empty: bit t % 32 of word t / 32 says whether token t is allowed. Where it allows
-  // only end tokens that min_tokens bans, they are not banned.
+  // mask (mask_words(n_vocab)), or empty. Where it allows only end tokens that min_tokens bans, they are not banned.
   // Throws OptionError where a logit is not finite, and where no token is left.
   int32_t sample(std::span<const float> logits, std::span<const int32_t> mask = {});
 

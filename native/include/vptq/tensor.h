@@ -23,6 +23,7 @@ struct Tensor {
   size_t bytes = 0;
 };
 
+size_t bytes_of(DType type, size_t n);  // n elements take so many; of Q8_0 whole blocks
 std::string type_name(DType type);
 std::string shape_text(const std::vector<int64_t>& shape);  // "(2, 512, 8)"
 

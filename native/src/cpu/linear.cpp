@@ -28,12 +28,12 @@ void DenseLinear::rows(const Activations& x, const float*, int begin, int end, f
 }
 
 VptqLinear::VptqLinear(const Kernels& kernels, const LinearWeights& layer, const VptqWeights& weights,
-                       const VptqNorms& norms, const float* bias, bool i16)
+                       const VptqNorms& norms, const float* bias, bool rounded)
     : CpuLinear(kernels, layer.in_features, layer.out_features, vptq_unit(kernels, weights), bias),
       columns_(weights.columns),
       perm_(weights.perm),
       norms_(norms) {
-  if (!i16) return;
+  if (!rounded) return;
   for (const VqColumns& c : columns_) {
     words_ += kernels.i16_size(c);
     std::vector<float>& steps = w_steps_.emplace_back();

@@ -59,7 +59,7 @@ struct VptqNorms {
 class VptqLinear : public CpuLinear {
  public:
   VptqLinear(const Kernels& kernels, const LinearWeights& layer, const VptqWeights& weights, const VptqNorms& norms,
-             const float* bias, bool i16);
+             const float* bias, bool rounded);
 
   int64_t prepared_size(const Activations& x) const override;
   void prepare(const Activations& x, int t, float* prepared) const override;

@@ -12,15 +12,13 @@
 namespace vptq::cuda {
 namespace {
 
-size_t element_bytes(DType type) { return type == DType::f32 ? 4 : 2; }
-
 // The largest magnitude of n numbers in F32, F16 or BF16.
 float largest(DType type, const std::byte* data, size_t n) {
   constexpr size_t kAtOnce = 4096;
   float values[kAtOnce], out = 0;
   for (size_t at = 0; at < n; at += kAtOnce) {
     const size_t count = std::min(kAtOnce, n - at);
-    to_float(type, data + at * element_bytes(type), count, values);
+    to_float(type, data + bytes_of(type, at), count, values);
     for (size_t i = 0; i < count; ++i) out = std::max(out, std::abs(values[i]));
   }
   return out;

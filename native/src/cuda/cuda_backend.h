@@ -45,9 +45,9 @@ class CudaBackend : public Backend {
   void write(std::byte* to, const void* host, size_t bytes) override;
   void read(const std::byte* from, void* host, size_t bytes) override;
 
-  size_t extra_memory(const LinearWeights& weights) const override;
+  size_t extra_memory(const LinearWeights& w) const override;
   void allow_extra_memory(size_t bytes) override { extra_left_ = bytes; }
-  std::unique_ptr<Linear> linear(const LinearWeights& weights, bool rounded) override;
+  std::unique_ptr<Linear> linear(const LinearWeights& w, bool rounded) override;
   Tensor table(const Tensor& weights) override;
   const float* vector(const Tensor& weights) override;
   const float* vector(const std::vector<float>& values) override;
@@ -77,9 +77,9 @@ class CudaBackend : public Backend {
     cudaGraphExec_t graph = nullptr;
   };
 
-  DenseLayer upload(const LinearWeights& layer, const DenseWeights& weights);
-  VqLayer upload(const LinearWeights& layer, const VptqWeights& weights);
-  std::unique_ptr<SlicedLayer> sliced(const LinearWeights& layer, const VptqWeights& weights);
+  DenseLayer upload(const LinearWeights& w, const DenseWeights& dense);
+  VqLayer upload(const LinearWeights& w, const VptqWeights& vptq);
+  std::unique_ptr<SlicedLayer> sliced(const LinearWeights& w, const VptqWeights& vptq);
   void apply_few(std::initializer_list<Projection> projections, const float* x, int first, int n, int n_prompt);
   void apply_many(const CudaLinear& linear, const float* x, int n, float* y);
   void* grown(Buffer& buffer, size_t bytes, const char* what);

@@ -105,7 +105,7 @@ void Outputs::check(std::span<Sampler* const> samplers, std::span<const std::spa
       throw OptionError(feed_text(i) + "found a sampler, expected none: no logits of it were wanted");
     if (masks.empty() || masks[i].empty()) continue;
     expect_all_logits();
-    const size_t words = feeds_[i].n * ((n_vocab_ + 31) / 32);
+    const size_t words = feeds_[i].n * mask_words(size_t(n_vocab_));
     if (masks[i].size() != words)
       throw OptionError(feed_text(i) + "found a mask of " + std::to_string(masks[i].size()) + " words, expected " +
                         std::to_string(words) + ": a bit for each token, for each of its wanted tokens");

@@ -171,7 +171,7 @@ float Sampler::adjusted(int32_t token, float logit) const {
 int32_t Sampler::sample(std::span<const float> logits, std::span<const int32_t> mask) {
   expect_finite(!logits.empty() && all_finite(logits));
   const int n_vocab = static_cast<int>(logits.size());
-  if (const size_t words = (logits.size() + kMaskBits - 1) / kMaskBits; !mask.empty() && mask.size() != words)
+  if (const size_t words = mask_words(logits.size()); !mask.empty() && mask.size() != words)
     throw OptionError("mask: found " + std::to_string(mask.size()) + " words, expected " + std::to_string(words) +
                       ": a bit for each token");
   Workspace& w = workspace();

@@ -36,7 +36,7 @@ void fix_exponents(DType type, int exponent, std::byte* data, size_t bytes) {
     return;
   }
   const int mantissa = type == DType::f32 ? 23 : type == DType::f16 ? 10 : 7, bias = type == DType::f16 ? 15 : 127;
-  const size_t element = type == DType::f32 ? 4 : 2;
+  const size_t element = bytes_of(type, 1);
   const uint32_t kept = low_bits(mantissa) | 1u << (8 * element - 1);
   for (size_t at = 0; at < bytes; at += element) {
     uint32_t number = 0;
@@ -51,7 +51,7 @@ void fix_exponents(DType type, int exponent, std::byte* data, size_t bytes) {
 const Tensor* RandomTensors::make(DType type, std::vector<int64_t> shape, int exponent) {
   size_t n = 1;
   for (const int64_t d : shape) n *= d;
-  const size_t bytes = type == DType::q8_0 ? n / kQ8Block * kQ8BlockBytes : n * (type == DType::f32 ? 4 : 2);
+  const size_t bytes = bytes_of(type, n);
   std::byte* data = allocate(bytes);
   for (size_t at = 0; at < bytes; at += 8) {
     const uint64_t bits = random_();
@@ -76,9 +76,9 @@ std::string kind_of(const LinearWeights& layer) {
 
 SmallLayer::SmallLayer(const LinearWeights& like, int out_features, int columns, std::mt19937_64& random)
     : random_(random), tensors_(random), weights_{like.name, 0, out_features, nullptr, {}} {
-  std::visit(Overloaded{[&](const DenseWeights& w) { make(w, columns); },  //
-                        [&](const VptqWeights& w) { make(w, columns); }},
-             like.weights);
+  std::visit(
+      Overloaded{[&](const DenseWeights& w) { make(w, columns); }, [&](const VptqWeights& w) { make(w, columns); }},
+      like.weights);
   weights_.bias = vector(like.bias, out_features, 0);
 }
 
