@@ -237,9 +237,7 @@ class TestEmulatedMemory:
     def test_memory_that_ends_before(self, emulated: Emulated, model: _native.Model) -> None:
         options: dict[str, Any] = {"device": "cuda", "n_threads": 1, "kv_type": "f32"}
         emulated.have(1.5)
-        with pytest.raises(
-            OutOfMemoryError, match=r"cache for 1000000000 tokens \(option kv_tokens\) need"
-        ):
+        with pytest.raises(OutOfMemoryError, match=r"cache for 1000000000 tokens \(option kv_tokens\) need"):
             _native.Context(model, n_ctx=320, kv_tokens=10**9, **options)
         emulated.have(200 * 1024)
         context = _native.Context(model, n_ctx=320, kv_tokens=10**9, **options)
@@ -292,9 +290,7 @@ class TestEmulatedMemory:
         context = _native.Context(model, device="cuda", n_ctx=320, n_threads=1, kv_type="f32", kv_tokens=640)
         emulated.have(1.5 - context.available_memory / MIB)
         sequence = context.new_sequence()
-        with pytest.raises(
-            OutOfMemoryError, match=r"^no memory for more of the KV cache than 0 blocks of"
-        ):
+        with pytest.raises(OutOfMemoryError, match=r"^no memory for more of the KV cache than 0 blocks of"):
             prefill(context, [sequence], [TOKENS])
         assert context.n_blocks == context.n_free_blocks == 0
         context.free_sequence(sequence)
