@@ -152,7 +152,7 @@ Tensor CudaBackend::table(const Tensor& weights) {
 }
 
 const float* CudaBackend::vector(const Tensor& weights) {
-  std::vector<float> values(weights.bytes / element_bytes(weights.type));
+  std::vector<float> values(weights.bytes / bytes_of(weights.type, 1));
   to_float(weights.type, weights.data, values.size(), values.data());
   return vector(values);
 }
@@ -208,7 +208,7 @@ VqLayer CudaBackend::upload(const LinearWeights& w, const VptqWeights& vptq) {
               optional(w.bias)};
   for (int i = 0; i < out.n_columns; ++i) {
     VqColumns& c = out.columns[i] = vptq.columns[i];
-    const size_t centroid_bytes = c.n_groups * element_bytes(c.type) * c.v;
+    const size_t centroid_bytes = bytes_of(c.type, size_t(c.n_groups) * c.v);
     c.indices = memory_->upload(c.indices, size_t(c.n_groups) * c.n_blocks * c.row_bytes, what);
     c.centroids = memory_->upload(c.centroids, c.k * centroid_bytes, what);
     if (c.r) c.res_centroids = memory_->upload(c.res_centroids, c.r * centroid_bytes, what);
