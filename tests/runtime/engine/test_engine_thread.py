@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -180,6 +182,36 @@ def test_a_thread_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> Non
         request = request_of()
         engine.submit(request)
         assert request.mailbox.wait(WAIT_S) and len(request.tokens) == 10
+
+
+class Slow(FakeContext):
+    """It is inside of a computation for most of the time."""
+
+    inside = False
+
+    def forward(self, *arguments: Any) -> None:
+        self.inside = True
+        time.sleep(0.05)
+        super().forward(*arguments)
+        self.inside = False
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_waits_for_the_end_of_a_round() -> None:
+    context = Slow()
+    with engine_of(context) as engine:
+        request = request_of(max_tokens=30)
+        engine.submit(request)
+        for _ in range(5):
+            while not context.inside:
+                time.sleep(0.001)
+            child = os.fork()
+            if not child:
+                ended = request.mailbox.ended and engine.stats.n_running == engine.stats.n_waiting == 0
+                os._exit(7 if ended and not context.inside else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert request.mailbox.wait(WAIT_S)
+        assert request.tokens == alone(FakeContext(), PROMPT, 30)
 
 
 # The queue
