@@ -237,6 +237,13 @@ def test_only_a_score(runtime: Runtime) -> None:
     generation = runtime.generate([BOS], max_tokens=0, prompt_logprobs=1)
     assert (generation.prompt_logprobs, generation.tokens) == ([None], [])
     assert generation.finish_reason == "length" and generation.logprobs is None
+    before = runtime.stats().prompt_tokens_computed
+    for prompt, n_fed in (([BOS], 1), ([*SYSTEM, 300], len(SYSTEM))):
+        timings = runtime.generate(prompt, max_tokens=0, prompt_logprobs=0).timings
+        assert timings.prompt_tokens == n_fed and timings.prompt_s > 0 and timings.decode_s == 0
+        after = runtime.stats().prompt_tokens_computed
+        assert after - before == n_fed
+        before = after
 
 
 def test_min_tokens(runtime: Runtime) -> None:
@@ -277,6 +284,10 @@ def test_bad_draft_models(model: Path, runtime: Runtime) -> None:
     closed.close()
     with pytest.raises(OptionError, match="speculate: found a closed Runtime"):
         runtime.generate("a", speculate=closed)
+    with Runtime(model) as used:
+        runtime.generate("a", speculate=used, max_tokens=4)
+    with pytest.raises(OptionError, match="speculate: found a closed Runtime"):
+        runtime.generate("a", speculate=used)
     with Runtime(demo_path()) as other, pytest.raises(OptionError, match="speculate: found other tokens in"):
         runtime.generate("a", speculate=other)
 
