@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from vptq_runtime.engine.constraints import Masks
+    from vptq_runtime.engine.constraints import Constraint, Masks
 
 Want = Literal["none", "last", "all"]
 
@@ -74,10 +74,32 @@ class Feed(NamedTuple):
     want: Want
     n_drafts: int = 0
 
+    @classmethod
+    def next_of(cls, request: Request, most: int) -> Feed:
+        """At most so many tokens of what a request has still to feed, those that are fed in one way."""
+        start, prompt = request.n_fed, not request.generated[request.n_fed]
+        run = request.generated.find(prompt, start)
+        end = min(start + most, len(request.ids) if run < 0 else run)
+        scored = request.scored
+        if scored and start < scored.start:
+            end = min(end, scored.start)
+        elif scored:
+            end = min(end, scored.stop)
+        if not prompt and end == len(request.ids):
+            end -= 1  # the last one is a decode step's
+        last = end == len(request.ids) and request.max_tokens > 0
+        want: Want = "all" if start in scored else "last" if last else "none"
+        return cls(request, request.ids[start:end], prompt, want)
+
     @property
     def draws(self) -> bool:
         """Whether the request's next token is drawn from its logits."""
         return self.want == "last" or (self.want == "all" and not self.prompt)
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the tokens drawn from its logits have to obey."""
+        return self.request.constraint if self.draws else None
 
 
 class Drawn(NamedTuple):
@@ -97,9 +119,9 @@ class Batch:
         self.n_tokens = sum(len(feed.tokens) for feed in feeds)
         self._masks: Masks | None = None
         constrained = [
-            (feed.request.constraint, feed.tokens[len(feed.tokens) - feed.n_drafts :])
+            (feed.constraint, feed.tokens[len(feed.tokens) - feed.n_drafts :])
             for feed in feeds
-            if feed.draws and feed.request.constraint is not None
+            if feed.constraint is not None
         ]
         if constrained:
             from vptq_runtime.engine.constraints import Masks
@@ -112,15 +134,25 @@ class Batch:
     def begin(self, context: Context) -> None:
         context.begin(*self._arguments())
 
+    def drop(self) -> None:
+        """Nothing will be drawn: waits for the threads that still have its requests' grammars."""
+        if self._masks is not None:
+            self._masks.wait()
+
     def draw(self, context: Context) -> list[Drawn]:
         """Of each feed the next tokens, by its request's sampler; the prompts' log-probabilities and logits
         go to the requests. What fails for one is an error of its own."""
-        drawing = [i for i, feed in enumerate(self.feeds) if feed.draws]
-        masks = self._finished_masks()
         try:
-            tokens = self._sample(context, drawing, masks)
+            masks = self._finished_masks()
+        except Exception as error:  # of the library: nobody knows whose grammar it was
+            return [
+                self._drawn(context, i, []) if feed.constraint is None else Drawn([], [], error)
+                for i, feed in enumerate(self.feeds)
+            ]
+        try:
+            tokens = self._sample(context, [i for i, feed in enumerate(self.feeds) if feed.draws], masks)
         except Exception:  # no sampler has gone on: whose it is shows when each draws by itself
-            return [self._drawn(context, i, [i] * feed.draws, masks) for i, feed in enumerate(self.feeds)]
+            return [self._drawn(context, i, masks) for i in range(len(self.feeds))]
         return [self._scored(context, i, drawn) for i, drawn in enumerate(tokens)]
 
     def _sample(
@@ -132,10 +164,10 @@ class Batch:
         samplers = [feed.request.sampler if i in drawing else None for i, feed in enumerate(self.feeds)]
         return context.sample(samplers, masks)
 
-    def _drawn(
-        self, context: Context, i: int, drawing: Sequence[int], masks: Sequence[NDArray[np.int32] | None]
-    ) -> Drawn:
+    def _drawn(self, context: Context, i: int, masks: Sequence[NDArray[np.int32] | None]) -> Drawn:
+        """Of one feed, whatever becomes of the others."""
         try:
+            drawing = [i] if self.feeds[i].draws else []
             return self._scored(context, i, self._sample(context, drawing, masks)[i])
         except Exception as error:
             return Drawn([], [], error)
@@ -163,10 +195,7 @@ class Batch:
         if self._masks is None:
             return []
         finished = iter(self._masks.result())
-        return [
-            next(finished) if feed.draws and feed.request.constraint is not None else None
-            for feed in self.feeds
-        ]
+        return [next(finished) if feed.constraint is not None else None for feed in self.feeds]
 
     def _score(self, context: Context, i: int, feed: Feed, tokens: list[int]) -> list[TokenLogprob]:
         request = feed.request

@@ -10,7 +10,7 @@ import os
 import re
 import reprlib
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -185,6 +185,11 @@ class Masks:
         allowed has the end tokens, and so has one where the grammar is stuck: `Constraint.accept` raises.
         """
         return self._future.result() if self._future else []
+
+    def wait(self) -> None:
+        """Until the computation has ended, whatever came of it: the constraints are free again."""
+        if self._future:
+            wait([self._future])
 
 
 def _masks(requests: list[tuple[Constraint, list[int]]]) -> list[Mask]:

@@ -144,10 +144,6 @@ class PrefixCache:
             self._context.release([block.number])
             self._remove(block)
 
-    def clear(self) -> None:
-        """Gives back all that is on nobody's path."""
-        self.evict(len(self._unused))
-
     def _key(self, ids: Sequence[int], generated: bytes | bytearray, salt: str, i: int) -> tuple[Ids, bytes]:
         at = slice(i * self._n, (i + 1) * self._n)
         return (tuple(ids[at]) if i else (salt, *ids[at])), bytes(generated[at])

@@ -90,7 +90,12 @@ class Speculator:
             if request.drafter is not None and not made[i].tokens:
                 by_drafter.setdefault(request.drafter, []).append(i)
         for drafter, its in by_drafter.items():
-            drafts = drafter.draft([requests[i] for i in its], [most[i] for i in its], self._costs)
+            try:
+                drafts = drafter.draft([requests[i] for i in its], [most[i] for i in its], self._costs)
+            except Exception:  # a draft model that has failed, or is closed: the text is the same without it
+                for i in its:
+                    requests[i].drafter = None
+                continue
             for i, each in zip(its, drafts, strict=True):
                 made[i] = _allowed(requests[i], each)
         lengths = self._lengths([drafts.probabilities for drafts in made])

@@ -30,6 +30,9 @@ class StepCosts:
         if n_tokens not in self._steps:
             self._sizes.insert(bisect_left(self._sizes, n_tokens), n_tokens)
         _update(self._steps, n_tokens, seconds)
+        # A smaller step takes no longer. One that was seen in a bad moment would never be tried again.
+        for n in self._sizes[: bisect_left(self._sizes, n_tokens)]:
+            self._steps[n] = min(self._steps[n], self._steps[n_tokens])
 
     def saw_layers(self, n_tokens: int, n_layers: int, seconds: float) -> None:
         """So many layers of a pass over n_tokens tokens of prompts have taken so long."""

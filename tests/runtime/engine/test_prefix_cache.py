@@ -172,7 +172,7 @@ def test_evicting_all(pool: Pool) -> None:
     cache.evict(10)
     assert len(pool.users) == 3
     text.leave()
-    cache.clear()
+    cache.evict(cache.n_unused)
     assert cache.n_unused == 0 and not pool.users and not cache._root.children
 
 
@@ -241,7 +241,7 @@ class Cache(RuleBasedStateMachine):
     def teardown(self) -> None:
         for text in self.texts:
             text.leave()
-        self.cache.clear()
+        self.cache.evict(self.cache.n_unused)
         assert not self.pool.users and not self.cache._root.children
 
 

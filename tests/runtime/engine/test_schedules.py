@@ -96,7 +96,7 @@ def test_any_schedule(asked: list[Asked], parallel: int, n_blocks: int, n_batch:
         else:
             assert a.leaves is not None and request.tokens == expected[: len(request.tokens)]
     assert not context.sequences and len(context.users) == scheduler.cache.n_unused
-    scheduler.cache.clear()
+    scheduler.cache.evict(scheduler.cache.n_unused)
     assert not context.users
 
 
@@ -126,5 +126,5 @@ def test_ten_thousand_requests(cache: str) -> None:
         pass
     assert scheduler.counters.preemptions > 0 and scheduler.counters.prompt_tokens_cached > 0
     assert not context.sequences and len(context.users) == scheduler.cache.n_unused
-    scheduler.cache.clear()
+    scheduler.cache.evict(scheduler.cache.n_unused)
     assert not context.users

@@ -1,10 +1,14 @@
 // Rows of a dense matrix times activations. Included inside an anonymous namespace, after elementwise.h.
 //
-// A sum runs over 16 lanes, then over the rest. For one token the weights are made floats in registers, for several in
-// a piece of the row that serves them all. Either way the same operations in the same order.
+// A sum runs over 16 lanes, then over the rest. The weights are made floats in registers, for one token or a few; or,
+// where there are too few registers for that, in a piece of the row that serves many. Either way the same operations
+// in the same order.
 
-constexpr int kPiece = 256;       // columns
-constexpr int kDenseRows = 4;     // that share the loads of x
+constexpr int kDenseRows = 4;       // that share the loads of x
+constexpr int kDenseFewTokens = 4;  // that share a weight in registers,
+constexpr bool kAllInRegisters =    // which for any number of tokens is the faster way where their sums fit
+    kSumVectors * kVector >= kDenseFewTokens * kDenseRows * kWidth;
+constexpr int kPiece = 256;       // columns that are made floats for many tokens
 constexpr int kDenseTokens = 64;  // whose sums are kept while a piece is there
 
 // How the weights of a row lie in memory: load<N>(row, i) gives the N from i on, a multiple of N.
@@ -55,14 +59,24 @@ template <int R>
   for (int r = 0; r < R; ++r) __builtin_prefetch(w + (R + r) * row_bytes + offset);
 }
 
-template <int R, class Weights>
-void dense_token(const std::byte* w, int64_t row_bytes, int in_features, const float* x, float* y) {
-  Row acc[R];
-  for (auto& a : acc) a = Row::broadcast(0);
+// R rows of at most T tokens.
+template <int T, int R, class Weights>
+void dense_few(const std::byte* w, int64_t row_bytes, int in_features, const float* x, int64_t x_stride, int n_tokens,
+               float* y, int64_t y_stride) {
+  if constexpr (T > 1)
+    if (n_tokens < T)
+      return dense_few<T - 1, R, Weights>(w, row_bytes, in_features, x, x_stride, n_tokens, y, y_stride);
+  Row acc[T][R];
+  for (auto& sums : acc)
+    for (auto& a : sums) a = Row::broadcast(0);
   int i = 0;
   const auto add = [&] {
-    const Row xi = Row::load(x + i);
-    for (int r = 0; r < R; ++r) acc[r] = fma(xi, Weights::template load<kWidth>(w + r * row_bytes, i), acc[r]);
+    Row xi[T];
+    for (int t = 0; t < T; ++t) xi[t] = Row::load(x + t * x_stride + i);
+    for (int r = 0; r < R; ++r) {
+      const Row wi = Weights::template load<kWidth>(w + r * row_bytes, i);
+      for (int t = 0; t < T; ++t) acc[t][r] = fma(xi[t], wi, acc[t][r]);
+    }
     i += kWidth;
   };
   static_assert(kQ8Block == 2 * kWidth);
@@ -73,13 +87,16 @@ void dense_token(const std::byte* w, int64_t row_bytes, int in_features, const f
     add();
   }
   while (i + kWidth <= in_features) add();
-  for (int r = 0; r < R; ++r) {
-    float rest = 0;
-    for (int k = i; k < in_features; ++k) rest += x[k] * sum(Weights::template load<1>(w + r * row_bytes, k));
-    y[r] = sum(acc[r]) + rest;
-  }
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < R; ++r) {
+      float rest = 0;
+      for (int k = i; k < in_features; ++k)
+        rest += x[t * x_stride + k] * sum(Weights::template load<1>(w + r * row_bytes, k));
+      y[t * y_stride + r] = sum(acc[t][r]) + rest;
+    }
 }
 
+// R rows of any number of tokens, up to kDenseTokens.
 template <int R, class Weights>
 void dense_tokens(const std::byte* w, int64_t row_bytes, int in_features, const float* x, int64_t x_stride,
                   int n_tokens, float* y, int64_t y_stride) {
@@ -109,6 +126,20 @@ void dense_tokens(const std::byte* w, int64_t row_bytes, int in_features, const 
     for (int r = 0; r < R; ++r) y[t * y_stride + r] = sum(Row::load(lanes[t][r])) + rest[t][r];
 }
 
+template <int R, class Weights>
+void dense_together(const std::byte* w, int64_t row_bytes, int in_features, const float* x, int64_t x_stride,
+                    int n_tokens, float* y, int64_t y_stride) {
+  if constexpr (kAllInRegisters) {
+    for (int t = 0; t < n_tokens; t += kDenseFewTokens)
+      dense_few<kDenseFewTokens, R, Weights>(w, row_bytes, in_features, x + t * x_stride, x_stride, n_tokens - t,
+                                             y + t * y_stride, y_stride);
+  } else if (n_tokens == 1) {
+    dense_few<1, R, Weights>(w, row_bytes, in_features, x, x_stride, 1, y, y_stride);
+  } else {
+    dense_tokens<R, Weights>(w, row_bytes, in_features, x, x_stride, n_tokens, y, y_stride);
+  }
+}
+
 template <class Weights>
 void dense_rows(const Tensor& w, int in_features, const float* x, int64_t x_stride, int n_tokens, int row_begin,
                 int row_end, float* y, int64_t y_stride) {
@@ -118,14 +149,8 @@ void dense_rows(const Tensor& w, int in_features, const float* x, int64_t x_stri
     const float* xt = x + t * x_stride;
     for (int r = row_begin; r < row_end;) {
       const bool several = r + kDenseRows <= row_end;
-      const std::byte* rows = w.data + r * row_bytes;
-      float* yt = y + t * y_stride + r;
-      if (tokens == 1)
-        several ? dense_token<kDenseRows, Weights>(rows, row_bytes, in_features, xt, yt)
-                : dense_token<1, Weights>(rows, row_bytes, in_features, xt, yt);
-      else
-        several ? dense_tokens<kDenseRows, Weights>(rows, row_bytes, in_features, xt, x_stride, tokens, yt, y_stride)
-                : dense_tokens<1, Weights>(rows, row_bytes, in_features, xt, x_stride, tokens, yt, y_stride);
+      const auto rows = several ? dense_together<kDenseRows, Weights> : dense_together<1, Weights>;
+      rows(w.data + r * row_bytes, row_bytes, in_features, xt, x_stride, tokens, y + t * y_stride + r, y_stride);
       r += several ? kDenseRows : 1;
     }
   }

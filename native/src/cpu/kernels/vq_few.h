@@ -3,14 +3,15 @@
 //
 // The weights go from the codebook to the sums through registers, column by column.
 
-constexpr int kFewVectors = 4;  // of sums a token, that share the loads of x
+// Vectors of sums a token, that share the loads of x: fewer where many tokens share a lookup.
+constexpr int few_vectors(int n_tokens) { return n_tokens > 6 ? 3 : 4; }
 
 // Tokens that share a lookup: as many as the registers have sums for. One, where centroids are not in f16: that is
 // rare, and each number of tokens is a kernel of its own to compile.
 template <class Centroids>
 constexpr int kFewTokens = 1;
 template <>
-constexpr int kFewTokens<F16Centroids> = kSumVectors >= 4 * kFewVectors ? 4 : kSumVectors / kFewVectors;
+constexpr int kFewTokens<F16Centroids> = kSumVectors >= 8 * few_vectors(8) ? 8 : kSumVectors / few_vectors(1);
 
 // T tokens, R vectors of sums each, over n_blocks blocks. Inlined by force: in a loop GCC unrolls all that is done over
 // an array of sums and so keeps it in registers; elsewhere not always, and where it takes instructions for calls that
@@ -59,14 +60,11 @@ void vq_few(const VqColumns& c, const float* x, int64_t x_stride, int n_tokens, 
     if (n_tokens < T)
       return vq_few<T - 1, V, Centroids, Residual>(c, x, x_stride, n_tokens, block, end_block, row_end, accumulate, y,
                                                    y_stride);
-  constexpr int kOne = Blocks<V>::kCount, kAll = kFewVectors * kOne;
+  constexpr int R = few_vectors(T), kOne = Blocks<V>::kCount, kAll = R * kOne;
   for (; block + kAll <= end_block; block += kAll)
-    vq_few_blocks<T, kFewVectors, V, Centroids, Residual>(c, x, x_stride, block, kAll, row_end, accumulate, y,
-                                                          y_stride);
+    vq_few_blocks<T, R, V, Centroids, Residual>(c, x, x_stride, block, kAll, row_end, accumulate, y, y_stride);
   for (; block < end_block; block += kOne) {
     const int n = end_block - block < kOne ? end_block - block : kOne;
-    for (int t = 0; t < T; ++t)
-      vq_few_blocks<1, 1, V, Centroids, Residual>(c, x + t * x_stride, x_stride, block, n, row_end, accumulate,
-                                                  y + t * y_stride, y_stride);
+    vq_few_blocks<T, 1, V, Centroids, Residual>(c, x, x_stride, block, n, row_end, accumulate, y, y_stride);
   }
 }
