@@ -293,9 +293,9 @@ class Runtime:
     def submit(self, prompt: str | list[int], **options: Unpack[GenerateOptions]) -> GenerationStream:
         """Begins to continue a text, and does not wait for it: see `generate`, with stream=True.
 
-        It returns within milliseconds, but for the first time that a form is asked for (json_schema, regex,
-        grammar: 0.1 to 3 s) or a draft model. An event loop is not to wait for that: in asyncio,
-        `await asyncio.to_thread(runtime.submit, prompt, json_schema=...)`.
+        Before it returns, it makes tokens of the prompt (milliseconds), tries a form that is asked for the
+        first time (json_schema, regex, grammar: 0.1 to 3 s), and makes a context for a new draft model. An
+        event loop is not to wait for that: `await asyncio.to_thread(runtime.submit, prompt, regex=...)`.
 
         Raises BusyError where too many requests wait, beside what `generate` raises.
         """

@@ -175,7 +175,8 @@ class Masks:
         self._requests = [(constraint, list(drafts)) for constraint, drafts in requests]
         self._future: Future[list[Mask]] | None = None
         if self._requests:
-            self._future = self._requests[0][0].constraints.thread.submit(_masks, self._requests)
+            self._thread = self._requests[0][0].constraints.thread
+            self._future = self._thread.submit(_masks, self._requests)
 
     def result(self) -> list[Mask]:
         """For each sequence int32 (1 + len(drafts), ceil(n_vocab / 32)): bit t % 32 of word t // 32 says
@@ -187,8 +188,11 @@ class Masks:
         return self._future.result() if self._future else []
 
     def wait(self) -> None:
-        """Until the computation has ended, whatever came of it: the constraints are free again."""
-        if self._future:
+        """Until the computation has ended, whatever came of it: the constraints are free again.
+
+        In a child by fork, one of the parent's never ends, and nobody else has the child's constraints.
+        """
+        if self._future and self._thread is self._requests[0][0].constraints.thread:
             wait([self._future])
 
 

@@ -279,8 +279,9 @@ class Engine(Forked):
                 del self._open[request]
                 self._open_tokens -= len(request.prompt)
                 self._saw_end(request)
-            self._n_active = len(active)
-            self._active_tokens = sum(len(request.prompt) for request in active)
+            going = [request for request in active if request in self._open]  # without those that leave soon
+            self._n_active = len(going)
+            self._active_tokens = sum(len(request.prompt) for request in going)
             self._room.notify_all()
         waiters = []
         for request in changed:

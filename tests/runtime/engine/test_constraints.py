@@ -364,6 +364,24 @@ def test_many_sequences_at_once(demo: Model) -> None:
     assert Masks([]).result() == []
 
 
+def test_masks_of_the_parent_are_not_waited_for(byte_level: str) -> None:
+    """In a child by fork; here their thread is busy for as long as this takes."""
+    model = Model(byte_level, [1])
+    constraint = model.constraints.compile(regex="[a-z]+")
+    gate = threading.Event()
+    model.constraints.thread.submit(gate.wait)
+    masks = Masks([(constraint, [])])
+    waiting = threading.Thread(target=masks.wait, daemon=True)
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()
+    model.constraints.renew()
+    masks.wait()
+    assert len(model.allowed(constraint)) == 1  # by the new thread
+    gate.set()
+    waiting.join()
+
+
 def test_stuck(demo: Model) -> None:
     """Where a grammar gets stuck in one of the library's limits, only its sequence has an error."""
     rules = "".join(f'p{n}: p{n + 1} "b"?\n' for n in range(10))  # each "a" leaves them all open
