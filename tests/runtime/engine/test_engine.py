@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vptq_runtime import BusyError, OptionError, Runtime, demo_path
+from vptq_runtime.engine.constraints import Constraints
 from vptq_runtime.evaluate import perplexity
 
 SYSTEM = [BOS, *range(20, 120)]
@@ -309,6 +310,28 @@ def test_a_form_in_any_company(runtime: Runtime) -> None:
     assert json.loads(alone[0].text) in ["fox", "dog", 5]
     assert re.fullmatch("(the|fox|dog){1,4}", alone[1].text) and re.fullmatch("a*b", alone[2].text)
     assert free.tokens not in [each.tokens for each in alone]
+
+
+def test_first_forms_at_the_same_time(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a model's forms share is made once: it can take a second."""
+    made = []
+    init = Constraints.__init__
+
+    def slow_init(self: Constraints, *arguments: Any) -> None:
+        made.append(self)
+        time.sleep(0.1)
+        init(self, *arguments)
+
+    monkeypatch.setattr(Constraints, "__init__", slow_init)
+    texts = []
+    with Runtime(model, device="cpu") as runtime:
+        ask = lambda: texts.append(runtime.generate("the", regex="fox").text)  # noqa: E731
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert (len(made), texts) == (1, ["fox"] * 4)
 
 
 def test_a_form_with_everything_else(runtime: Runtime) -> None:
