@@ -59,17 +59,32 @@ the end of June. "We have waited too long already," said Maria Lindqvist, who le
 "Each winter that we wait makes the repairs more expensive, and the bridge less safe." The ferry will run
 every ten minutes during that time, and it will be free of charge. Shop owners on the north side had asked for
 a later date. "Spring is when our customers come," said Tomas Berg, who sells bicycles near the bridge."""
+# What is asked for, and how the answer begins: small models need to be shown that they shall copy.
 REPEATING = [
-    f"Rename `items` to `products` in this code, and change nothing else. Answer with the code.\n\n{CODE}",
-    f"Rewrite this code with type hints, and change nothing else. Answer with the code.\n\n{CODE}",
-    f"Repeat the following article word for word, but write 'town' instead of 'city'.\n\n{NEWS}",
-    f"Summarise the following article, and quote what people said in full.\n\n{NEWS}",
+    (
+        f"Rename `items` to `products` in this code, and change nothing else.\n\n{CODE}",
+        'def total_price(products, tax_rate):\n    """Sum the prices of all products and add the tax."""\n',
+    ),
+    (
+        f"Write this code again, with comments.\n\n{CODE}",
+        'def total_price(items, tax_rate):\n    """Sum the prices of all items and add the tax."""\n'
+        "    # Add the price of each item.\n",
+    ),
+    (
+        f"Repeat the following article, but write 'town' instead of 'city'.\n\n{NEWS}",
+        "The town council voted on Tuesday to close the old",
+    ),
+    (
+        f"Summarise the following article, and quote what people said in full.\n\n{NEWS}",
+        "The harbour bridge will be closed for repairs. Maria Lindqvist said: "
+        '"We have waited too long already.',
+    ),
 ]
 FRESH = [
-    "Write a story about a lighthouse keeper who finds a door in the sea.",
-    "Explain why the sky is blue to a child, then to a physicist.",
-    "What should I cook tonight with rice, lemons and spinach?",
-    "Describe a walk through a town on Mars.",
+    ("Write a story about a lighthouse keeper who finds a door in the sea.", ""),
+    ("Explain why the sky is blue to a child, then to a physicist.", ""),
+    ("What should I cook tonight with rice, lemons and spinach?", ""),
+    ("Describe a walk through a town on Mars.", ""),
 ]
 
 
@@ -205,7 +220,7 @@ def speculation(path: str, arguments: argparse.Namespace) -> None:
         ("new text, temperature 1", FRESH, {"temperature": 1.0, "top_p": 0.95, "seed": 1}),
     ):
         with _open(path, arguments) as runtime:
-            prompts = [_as_prompt(runtime, text) for text in texts]
+            prompts = [_as_prompt(runtime, *text) for text in texts]
             ratios, accepted = [], []
             for _ in range(arguments.rounds):
                 ratio, share = _faster(runtime, prompts, options | {"max_tokens": arguments.n_gen})
@@ -232,11 +247,13 @@ def _faster(runtime: Runtime, prompts: Sequence[list[int]], options: dict[str, A
     return seconds["off"] / seconds["ngram"], n_accepted / n_tokens
 
 
-def _as_prompt(runtime: Runtime, text: str) -> list[int]:
+def _as_prompt(runtime: Runtime, text: str, answer: str) -> list[int]:
+    """A chat's turn, or plain text where the model has no chat template; and the beginning of the answer."""
     try:
-        return runtime.chat_tokens([{"role": "user", "content": text}])
+        prompt = runtime.chat_tokens([{"role": "user", "content": text}])
     except VPTQError:
-        return runtime.tokenize(text)
+        prompt = runtime.tokenize(text + "\n\n")
+    return prompt + runtime.tokenize(answer, add_special=False)
 
 
 def overhead(path: str, arguments: argparse.Namespace) -> None:

@@ -33,7 +33,7 @@ VPTQ_LAYERS = {
 }
 
 
-@pytest.mark.parametrize("n_tokens", [1, 3, 4, 7, 10, 131])
+@pytest.mark.parametrize("n_tokens", [1, 3, 4, 5, 6, 7, 8, 12, 131])
 @pytest.mark.parametrize("name", VPTQ_LAYERS)
 def test_vptq_linear(operations: _native.Operations, name: str, n_tokens: int) -> None:
     rng = np.random.default_rng(len(name))
@@ -61,7 +61,7 @@ def test_every_index_width(operations: _native.Operations, bits: int) -> None:
         assert relative_l2(operations.linear(tensors, 40, x), x.astype(np.float64) @ weight.T) < 1e-6
 
 
-@pytest.mark.parametrize("n_tokens", [1, 2, 67])
+@pytest.mark.parametrize("n_tokens", [1, 2, 3, 4, 67])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 31), (33, 64), (4, 257), (66, 300), (130, 96)])
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
 def test_dense_linear(
@@ -151,7 +151,7 @@ def test_linear_in_16_bits(
     assert relative_l2(found, in_16_bits(tensors, x)) < 5e-5
 
 
-@pytest.mark.parametrize("n_tokens", [1, 7])
+@pytest.mark.parametrize("n_tokens", [1, 7, 8])
 @pytest.mark.parametrize(
     ("v", "k", "r"), [(2, 16, 0), (4, 256, 256), (6, 4096, 0), (8, 4096, 16), (12, 64, 0)]
 )
