@@ -173,7 +173,7 @@ def run_vptq_runtime(
 
 
 def output_of(command: list[str]) -> str:
-    """Of a child, run where no source tree hides an installed package. Raises VPTQError if it fails."""
+    """Of a child, run where nothing lies that it could import by accident. Raises VPTQError if it fails."""
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=tempfile.gettempdir())
     except OSError as error:

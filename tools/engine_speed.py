@@ -25,6 +25,7 @@ from vptq_runtime.bench.shapes import find_shape
 from vptq_runtime.bench.synthetic import Quant, SyntheticModel
 from vptq_runtime.commands import command
 from vptq_runtime.errors import OptionError, VPTQError
+from vptq_runtime.options import Options
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "speculate": "off"}
 N_TOGETHER = 8
@@ -94,8 +95,12 @@ def main() -> int:
     model.add_argument("-m", "--model", metavar="FILE", default=demo_path(), help="default: the demo model")
     model.add_argument("--synthetic", metavar="SHAPE", help="random weights of a known shape")
     p.add_argument("--quant", metavar="V-K-R", default="v8-k65536-0", help="default: %(default)s")
-    p.add_argument("-r", "--rounds", metavar="N", type=int, default=3, help="default: %(default)s")
-    p.add_argument("-n", "--n-gen", metavar="N", type=int, default=64, help="tokens (default: %(default)s)")
+    p.add_argument(
+        "-r", "--rounds", metavar="N", type=int, default=3, help="at least 1 (default: %(default)s)"
+    )
+    p.add_argument(
+        "-n", "--n-gen", metavar="N", type=int, default=64, help="tokens, at least 2 (default: %(default)s)"
+    )
     p.add_argument("--device", default="cpu", help="default: %(default)s")
     p.add_argument("--only", metavar="NAME,...", default=",".join(MEASUREMENTS), help="default: %(default)s")
     arguments = p.parse_args()
@@ -103,6 +108,9 @@ def main() -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    for option, found, least in (("--rounds", arguments.rounds, 1), ("--n-gen", arguments.n_gen, 2)):
+        if found < least:
+            raise command.UsageError(f"{option}: found {found}, expected at least {least}")
     with _model_file(arguments) as path:
         for name in arguments.only.split(","):
             if name not in MEASUREMENTS:
@@ -129,6 +137,11 @@ def _open(path: str, arguments: argparse.Namespace, **options: Any) -> Runtime:
     return runtime
 
 
+def _exactly(n_gen: int) -> dict[str, Any]:
+    """No end token ends the text before."""
+    return GREEDY | {"max_tokens": n_gen, "min_tokens": n_gen}
+
+
 def _random_tokens(runtime: Runtime, n: int, seed: int) -> list[int]:
     return random.Random(seed).choices(range(runtime.n_vocab), k=n)
 
@@ -138,7 +151,7 @@ def together(path: str, arguments: argparse.Namespace) -> None:
     what = f"{N_TOGETHER} requests together / one after another"
     with _open(path, arguments, cache="off") as runtime:
         prompts = [_random_tokens(runtime, 16, 1 + i) for i in range(N_TOGETHER)]
-        options = GREEDY | {"max_tokens": arguments.n_gen}
+        options = _exactly(arguments.n_gen)
         ratios, speeds = [], []
         for _ in range(arguments.rounds):
             alone = _seconds(lambda: [runtime.generate(prompt, **options) for prompt in prompts])
@@ -251,20 +264,21 @@ def overhead(path: str, arguments: argparse.Namespace) -> None:
         prompts = [_random_tokens(runtime, 16, 1 + i) for i in range(N_TOGETHER)]
         ratios, steps = [], []
         for _ in range(arguments.rounds):
-            native = _native_step(context, prompts, arguments.n_gen)
-            generations = runtime.generate(prompts, max_tokens=arguments.n_gen, **GREEDY)
+            native = _native_step(runtime, context, prompts, arguments.n_gen)
+            generations = runtime.generate(prompts, **_exactly(arguments.n_gen))
             step = max(g.timings.decode_s for g in generations) / (arguments.n_gen - 1)
             ratios.append(step / native)
             steps.append(step - native)
         _say("a step of 8 requests / its native calls", ratios, f"{1e6 * median(steps):.0f} us more")
 
 
-def _native_step(context: _native.Context, prompts: Sequence[list[int]], n_gen: int) -> float:
-    """Seconds of a decode step, the prompts left out."""
-    samplers = [
-        _native.Sampler(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0, seed=0)
-        for _ in prompts
-    ]
+def _native_step(
+    runtime: Runtime, context: _native.Context, prompts: Sequence[list[int]], n_gen: int
+) -> float:
+    """Seconds of a decode step, the prompts left out; with samplers that do what the engine's do."""
+    options = Options(**_exactly(n_gen))
+    end_tokens = np.atleast_1d(runtime.metadata.get("vptq.eos_token_ids", [])).tolist()
+    samplers = [options.sampler(0, end_tokens, runtime.n_vocab) for _ in prompts]
     sequences = [context.new_sequence() for _ in prompts]
     context.forward(sequences, prompts, [True] * len(prompts), ["last"] * len(prompts), samplers)
     tokens = context.sample(samplers)

@@ -66,7 +66,7 @@ def run_logged(command: Sequence[str], log: Path, allowed: float) -> tuple[int |
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
-            cwd=log.parent,  # where no source tree hides an installed package
+            cwd=log.parent,  # whatever lies where this was started, the command imports what is installed
             env=os.environ | {"PYTHONPATH": os.pathsep.join(searched)},
             start_new_session=True,
         )

@@ -3,6 +3,8 @@
 A message is one line and names the file, the tensor or option, what was found and what was expected.
 """
 
+import copy
+
 MAX_MESSAGE = 1000  # characters
 # Names come from files: they may hold line breaks, other control characters, and whole megabytes.
 _CONTROLS = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029), "?")
@@ -53,3 +55,8 @@ class BusyError(VPTQError):
 
 class OutOfMemoryError(VPTQError, MemoryError):
     """The machine has not the memory that was asked for."""
+
+
+def again(error: BaseException) -> BaseException:
+    """The same error, to be raised once more: one object would gather the frames of all who raise it."""
+    return copy.copy(error).with_traceback(error.__traceback__)

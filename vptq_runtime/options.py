@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 SEEDS = 2**64
 MOST_LOGPROBS = 20
 MOST_BIAS = 100.0
+MOST_BIASES = 1024  # tokens
+MOST_STOPS, LONGEST_STOP = 64, 1024  # strings, characters: each is looked for at every token
+LONGEST_SALT = 256  # characters
 SPECULATION = ("auto", "off", "ngram")
 
 
@@ -90,16 +93,16 @@ class Options:
             object.__setattr__(self, "seed", secrets.randbelow(SEEDS))
         check_int("seed", self.seed, 0, SEEDS - 1)
         self._check_bias()
-        for string in self.stops:
-            if not isinstance(string, str) or not string:
-                raise OptionError(f"stop: found {shown(string)}, expected non-empty strings")
+        self._check_stops()
         if len(self.constraints) > 1:
             found = " and ".join(self.constraints)
             raise OptionError(f"{found}: found {len(self.constraints)} of them, expected one at most")
-        if isinstance(self.speculate, str) or not hasattr(self.speculate, "generate"):
-            check_choice("speculate", self.speculate, SPECULATION)
+        self._check_speculate()
         if not isinstance(self.cache_salt, str):
             raise OptionError(f"cache_salt: found {shown(self.cache_salt)}, expected a string")
+        if len(self.cache_salt) > LONGEST_SALT:
+            found = f"found {len(self.cache_salt)} characters"
+            raise OptionError(f"cache_salt: {found}, expected at most {LONGEST_SALT}")
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -147,11 +150,32 @@ class Options:
             "seed": (self.seed + index) % SEEDS,
         }
 
+    def _check_stops(self) -> None:
+        if isinstance(self.stop, Sequence) and not isinstance(self.stop, str) and len(self.stop) > MOST_STOPS:
+            raise OptionError(f"stop: found {len(self.stop)} strings, expected at most {MOST_STOPS}")
+        for string in self.stops:
+            if not isinstance(string, str) or not string:
+                raise OptionError(f"stop: found {shown(string)}, expected non-empty strings")
+            if len(string) > LONGEST_STOP:
+                found = f"found a string of {len(string)} characters"
+                raise OptionError(f"stop: {found}, expected at most {LONGEST_STOP}")
+
+    def _check_speculate(self) -> None:
+        if not isinstance(self.speculate, str):
+            from vptq_runtime.runtime import Runtime  # only now: it loads the native library
+
+            if isinstance(self.speculate, Runtime):
+                return
+        check_choice("speculate", self.speculate, SPECULATION)
+
     def _check_bias(self) -> None:
         if self.logit_bias is None:
             return
         if not isinstance(self.logit_bias, Mapping):
             raise OptionError(f"logit_bias: found {shown(self.logit_bias)}, expected tokens with numbers")
+        if len(self.logit_bias) > MOST_BIASES:
+            found = f"found {len(self.logit_bias)} tokens"
+            raise OptionError(f"logit_bias: {found}, expected at most {MOST_BIASES}")
         for token, bias in self.logit_bias.items():
             check_int("logit_bias", token, 0)
             check_number(f"logit_bias[{token}]", bias, -MOST_BIAS, MOST_BIAS)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vptq_runtime import _native
 from vptq_runtime.engine.drafters.draft_model import DraftModel
 from vptq_runtime.engine.drafters.ngram import NgramDrafter
+from vptq_runtime.engine.forks import Forked
 from vptq_runtime.engine.request import Request
 from vptq_runtime.errors import OptionError
 from vptq_runtime.generation import Generation, Timings
@@ -24,19 +25,26 @@ if TYPE_CHECKING:
     from vptq_runtime.text.vocabulary import Vocabulary
 
 
-class Requests:
+class Requests(Forked):
     """Makes the requests to one model: it has what they share, drafters and compiled constraints.
 
     n_ctx: most tokens of one sequence. load_s: seconds that loading the model took, for the Generations.
     """
 
     def __init__(self, vocabulary: Vocabulary, n_ctx: int, load_s: float) -> None:
+        super().__init__()
         self._vocabulary = vocabulary
         self._n_ctx = n_ctx
         self._load_s = load_s
         self._ngrams = NgramDrafter()
         self._draft_models: weakref.WeakKeyDictionary[Runtime, DraftModel] = weakref.WeakKeyDictionary()
         self._draft_models_lock = threading.Lock()
+        self._constraints: Constraints | None = None
+        self._constraints_lock = threading.Lock()
+
+    def renew(self) -> None:
+        self._draft_models_lock = threading.Lock()
+        self._constraints_lock = threading.Lock()
 
     def new(self, prompt: object, options: Options, index: int = 0) -> Request:
         """Of a text or a list of token ids; index: its number in a list of prompts."""
@@ -66,10 +74,14 @@ class Requests:
     def generation(self, request: Request) -> Generation:
         """What has become of a request by its end."""
         admitted, first, last = request.admitted, request.first_token, request.last_token
+        n_fed = len(request.prompt) - request.n_cached
+        if request.max_tokens == 0 and request.finish_reason:
+            first = request.left  # nothing is drawn: the prompt's end is the request's
+            n_fed = max(1, n_fed - 1)  # of its last token, nothing is told
         timings = Timings(
             load_s=self._load_s,
             queue_s=0.0 if admitted is None else admitted - request.arrived,
-            prompt_tokens=0 if first is None else len(request.prompt) - request.n_cached,
+            prompt_tokens=0 if first is None else n_fed,
             prompt_s=0.0 if first is None or admitted is None else first - admitted,
             decode_tokens=max(request.n_sampled - 1, 0),
             decode_s=0.0 if first is None or last is None else last - first,
@@ -91,14 +103,17 @@ class Requests:
         self._draft_models.clear()
 
     def _constraint(self, options: Options) -> Constraint | None:
-        return self._constraints.compile(**options.constraints) if options.constraints else None
-
-    @cached_property
-    def _constraints(self) -> Constraints:
+        if not options.constraints:
+            return None
         from vptq_runtime.engine.constraints import Constraints  # llguidance is only loaded for them
 
-        vocabulary = self._vocabulary
-        return Constraints(vocabulary.tokenizer.json, vocabulary.n_vocab, vocabulary.end_tokens)
+        with self._constraints_lock:
+            if self._constraints is None:
+                vocabulary = self._vocabulary
+                self._constraints = Constraints(
+                    vocabulary.tokenizer.json, vocabulary.n_vocab, vocabulary.end_tokens
+                )
+        return self._constraints.compile(**options.constraints)
 
     def _drafter(self, options: Options) -> Drafter | None:
         if isinstance(options.speculate, str):
@@ -107,12 +122,12 @@ class Requests:
 
     def _draft_model(self, small: Runtime) -> DraftModel:
         """The model of another Runtime, on a context of its own: two engines never wait for one another."""
+        model, vocabulary = small._model, small._vocabulary
+        if model is None or vocabulary is self._vocabulary:
+            found = "a closed Runtime" if model is None else "this Runtime itself"
+            raise OptionError(f"speculate: found {found}, expected an open one of a smaller model")
         with self._draft_models_lock:
             if small not in self._draft_models:
-                model, vocabulary = small._model, small._vocabulary
-                if model is None or vocabulary is self._vocabulary:
-                    found = "a closed Runtime" if model is None else "this Runtime itself"
-                    raise OptionError(f"speculate: found {found}, expected an open one of a smaller model")
                 if not self._vocabulary.same_tokens(vocabulary):
                     raise OptionError(
                         f"speculate: found other tokens in {vocabulary.path}, "

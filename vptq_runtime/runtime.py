@@ -6,11 +6,12 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 from vptq_runtime import _native
 from vptq_runtime.checks import check_choice, check_int, shown
 from vptq_runtime.engine.engine import Engine, EngineStats
+from vptq_runtime.engine.prefix_cache import CacheMode
 from vptq_runtime.engine.request import LogitsRequest, Request
 from vptq_runtime.engine.stream import GenerationStream
 from vptq_runtime.errors import OptionError, OutOfMemoryError
@@ -37,9 +38,9 @@ MAX_INT = 2**31 - 1
 DEVICES = ("auto", "cpu", "cuda")
 KV_TYPES = ("f16", "f32", "q8_0")
 PRECISIONS = ("auto", "f32")
-CACHES = ("shared", "exact", "off")
 PARALLEL = {"cpu": 8, "cuda": 64}  # more decode faster all together, and each for itself slower
 QUEUE = 1024
+LEAST_QUEUE_TOKENS, QUEUE_CONTEXTS = 2**20, 16  # where nothing else is asked for
 
 
 class Runtime:
@@ -62,7 +63,8 @@ class Runtime:
         prompts serve, but not what was generated, so that no result depends on the cache, by a rounding (see
         precision). "off": nobody's.
     parallel: most requests that are computed together, the others wait; None for 8, on a GPU 64.
-    queue: most requests that wait; one more is a BusyError.
+    queue, queue_tokens: most requests that wait, and most tokens of their prompts; one more is a BusyError. A
+        prompt that would wait alone always may. None: 16 n_ctx, at least 2**20.
     progress: called while the weights are made ready, with how many layers are and how many there are.
 
     Calls from several threads are computed together, and each gives what it gives alone. Use it in a `with`
@@ -82,9 +84,10 @@ class Runtime:
         precision: str = "auto",
         gpu_layers: int | None = None,
         kv_tokens: int | None = None,
-        cache: Literal["shared", "exact", "off"] = "shared",
+        cache: CacheMode = "shared",
         parallel: int | None = None,
         queue: int = QUEUE,
+        queue_tokens: int | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
         start = time.perf_counter()
@@ -94,6 +97,7 @@ class Runtime:
             ("gpu_layers", gpu_layers, 0, MAX_INT),
             ("kv_tokens", kv_tokens, 1, MAX_INT),
             ("parallel", parallel, 1, 1024),
+            ("queue_tokens", queue_tokens, 0, None),
         ):
             if number is not None:
                 check_int(option, number, least, most)
@@ -101,7 +105,7 @@ class Runtime:
         check_choice("kv_type", kv_type, KV_TYPES)
         check_choice("precision", precision, PRECISIONS)
         check_choice("device", device, DEVICES)
-        check_choice("cache", cache, CACHES)
+        check_choice("cache", cache, get_args(CacheMode))
         self._path = _checked_path(path)
         model = _native.Model(self._path)
         self._model: _native.Model | None = model
@@ -131,7 +135,10 @@ class Runtime:
         self._engine = Engine(
             context,
             parallel=self._parallel,
-            max_waiting=queue,
+            queue=queue,
+            queue_tokens=max(LEAST_QUEUE_TOKENS, QUEUE_CONTEXTS * self._n_ctx)
+            if queue_tokens is None
+            else queue_tokens,
             cache=cache,
             closed=lambda: OptionError(closed),
         )
@@ -284,7 +291,11 @@ class Runtime:
             raise
 
     def submit(self, prompt: str | list[int], **options: Unpack[GenerateOptions]) -> GenerationStream:
-        """Begins to continue a text, and returns at once: see `generate`, with stream=True.
+        """Begins to continue a text, and does not wait for it: see `generate`, with stream=True.
+
+        Before it returns, it makes tokens of the prompt (milliseconds), tries a form that is asked for the
+        first time (json_schema, regex, grammar: 0.1 to 3 s), and makes a context for a new draft model. An
+        event loop is not to wait for that: `await asyncio.to_thread(runtime.submit, prompt, regex=...)`.
 
         Raises BusyError where too many requests wait, beside what `generate` raises.
         """
@@ -351,12 +362,12 @@ class Runtime:
         with self._stream(request) as news:
             while news.next_delta() is not None:
                 piece, request.piece = request.piece, None
-                self._engine.wake()
+                self._engine.resume()
                 assert piece is not None
                 yield piece
 
     def _submit(self, prompt: object, options: Options) -> GenerationStream:
-        self._engine.check_open()
+        self._engine.check_room()
         request = self._requests.new(prompt, options)
         self._engine.submit(request)
         return self._stream(request)

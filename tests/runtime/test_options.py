@@ -12,6 +12,13 @@ from vptq_runtime.generation import Timings
 from vptq_runtime.options import Options
 
 
+class HasGenerate:
+    """No Runtime, though it looks like one."""
+
+    def generate(self) -> None:
+        pass
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
@@ -40,7 +47,10 @@ from vptq_runtime.options import Options
         *(("logprobs", value) for value in (-1, 21, True, None)),
         *(("prompt_logprobs", value) for value in (-1, 21, 1.0)),
         *(("speculate", value) for value in ("on", "", None, 1, object())),
-        *(("cache_salt", value) for value in (None, 1, b"a")),
+        *(("cache_salt", value) for value in (None, 1, b"a", "a" * 257)),
+        *(("stop", value) for value in (["a"] * 65, range(10**12), "a" * 1025, ["a", "b" * 10**6])),
+        ("logit_bias", dict.fromkeys(range(1025), 1.0)),
+        ("speculate", HasGenerate()),
     ],
     ids=lambda value: shown(value)[:20],
 )
@@ -73,7 +83,11 @@ def test_refused(option: str, value: Any) -> None:
         ("logprobs", 20),
         ("prompt_logprobs", 0),
         ("speculate", "off"),
+        ("stop", ["a" * 1024] * 64),
+        ("logit_bias", dict.fromkeys(range(1024), 1.0)),
+        ("cache_salt", "a" * 256),
     ],
+    ids=lambda value: shown(value)[:20],
 )
 def test_accepted(option: str, value: Any) -> None:
     assert getattr(Options(**{option: value}), option) == value

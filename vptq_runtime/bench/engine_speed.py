@@ -26,7 +26,8 @@ def run_engine(context: _native.Context, test: SpeedTest, repetitions: int, n_vo
     engine = Engine(
         context,
         parallel=test.n_sequences,
-        max_waiting=test.n_sequences,
+        queue=test.n_sequences,
+        queue_tokens=test.n_sequences,  # a token each
         cache="off",
         closed=lambda: RuntimeError("the engine is closed"),
     )

@@ -37,7 +37,7 @@ def print_stream(
             try:
                 for last in stream:
                     if not arguments.json:
-                        print(printable(last, sys.stdout), end="", flush=True)
+                        print(for_terminal(last, sys.stdout), end="", flush=True)
             finally:
                 if not arguments.json and not last.endswith("\n"):
                     print(flush=True)
@@ -70,7 +70,7 @@ def generation_as_json(runtime: Runtime, generation: Generation) -> dict[str, An
     }
 
 
-def printable(text: str, output: TextIO) -> str:
+def for_terminal(text: str, output: TextIO) -> str:
     """A model's text, such that it does nothing to a terminal."""
     return text.translate(CONTROL_PICTURES) if output.isatty() else text
 
@@ -129,4 +129,4 @@ def _logprob_as_json(runtime: Runtime, entry: TokenLogprob) -> dict[str, Any]:
 
 def _spelled(runtime: Runtime, token: int) -> str:
     """A token's text in one word, as JSON has it."""
-    return json.dumps(printable(runtime.token_text(token), sys.stdout), ensure_ascii=False)
+    return json.dumps(for_terminal(runtime.token_text(token), sys.stdout), ensure_ascii=False)

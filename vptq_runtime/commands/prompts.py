@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vptq_runtime.commands import command
 from vptq_runtime.commands.output import generation_as_json
 from vptq_runtime.commands.progress import RunProgress, print_line
-from vptq_runtime.errors import FileError, OptionError, VPTQError
+from vptq_runtime.errors import BusyError, FileError, OptionError, VPTQError
 from vptq_runtime.options import SEEDS
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def run_prompts(runtime: Runtime, arguments: Namespace, options: GenerateOptions
     A prompt that fails has its error there; FileError at the end says how many did.
     """
     lines = [
-        (number, line)
-        for number, line in enumerate(command.read_text(arguments.prompts).splitlines(), 1)
+        (number, line.removesuffix("\r"))
+        for number, line in enumerate(command.read_text(arguments.prompts).split("\n"), 1)
         if line.strip()
     ]
     is_json = str(arguments.prompts).endswith(JSON_SUFFIXES)
@@ -62,7 +62,11 @@ def run_prompts(runtime: Runtime, arguments: Namespace, options: GenerateOptions
         for index, (number, line) in enumerate(lines):
             while len(waiting) >= AHEAD * runtime.parallel:
                 print_next()
-            waiting.append((index, *_submitted(runtime, index, number, line, is_json, options)))
+            asked, stream = _submitted(runtime, index, number, line, is_json, options)
+            while isinstance(stream, BusyError) and waiting:  # many or long ones wait: its turn comes
+                print_next()
+                asked, stream = _submitted(runtime, index, number, line, is_json, options)
+            waiting.append((index, asked, stream))
         while waiting:
             print_next()
     if n_failed:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vptq_runtime import demo_path
 from vptq_runtime.commands import command
 from vptq_runtime.commands.chat import chat
-from vptq_runtime.commands.output import print_stream, printable
+from vptq_runtime.commands.output import for_terminal, print_stream
 from vptq_runtime.options import Options
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ OPTION_NAMES = command.RUNTIME_OPTIONS | {
     "json_schema": "--json-schema",
     "regex": "--regex",
     "grammar": "--grammar",
-    "speculate": "--draft",
     "parallel": "--parallel",
 }
 DESCRIPTION = "Continue a text with a VPTQ model, or chat with one."
@@ -150,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
     form.add_argument("--json-schema", metavar="FILE", help="JSON that matches the JSON schema in a file")
     form.add_argument("--regex", metavar="REGEX", help="a text that matches a regular expression")
     form.add_argument("--grammar", metavar="FILE", help="a text of the grammar (as of Lark) in a file")
-    speed = p.add_argument_group("guessing ahead (the text stays the same)")
+    speed = p.add_argument_group("guessing ahead (the text stays the same)").add_mutually_exclusive_group()
     speed.add_argument(
         "--speculate",
         default="auto",
@@ -193,7 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     prompt = {} if arguments.chat else {"prompt": "-p" if arguments.file is None else "-f"}
-    with command.options_as_typed(OPTION_NAMES, prompt):
+    speculate = "--speculate" if arguments.draft is None else "--draft"
+    with command.options_as_typed(OPTION_NAMES | {"speculate": speculate}, prompt):
         _run_model(arguments)
 
 
@@ -228,7 +228,7 @@ def _run_model(arguments: argparse.Namespace) -> None:
 def _complete(runtime: Runtime, arguments: argparse.Namespace, options: GenerateOptions, prompt: str) -> None:
     stream = runtime.generate(prompt, stream=True, **options)
     if sys.stdout.isatty() and not arguments.json:
-        print(command.styled(command.BOLD, printable(prompt, sys.stdout), sys.stdout), end="", flush=True)
+        print(command.styled(command.BOLD, for_terminal(prompt, sys.stdout), sys.stdout), end="", flush=True)
     print_stream(runtime, arguments, stream, {"prompt": prompt})
 
 

@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vptq_runtime.checks import shown
+from vptq_runtime.engine.forks import Forked
 from vptq_runtime.engine.grammar.schema_keywords import check_embedded_schemas, check_schema
 from vptq_runtime.engine.grammar.trial import (
     GrammarError,
-    Vocabulary,
+    VisibleTokens,
     check_grammar,
     matcher_of,
     reason_of,
@@ -38,7 +39,7 @@ WHITESPACE = r"[ \n\r\t]{1,40}"  # at most, between two tokens of JSON: a model 
 MASK_THREADS = 4
 
 
-class Constraints:
+class Constraints(Forked):
     """What one model's tokenizer allows to be asked for. Made once a model, on first use: it takes 30 ms for
     a vocabulary of 4096 tokens, a second for one of 128K.
 
@@ -51,7 +52,7 @@ class Constraints:
 
     def __init__(self, tokenizer_json: str, n_vocab: int, end_tokens: Collection[int]) -> None:
         try:
-            from llguidance import LLExecutor, LLTokenizer
+            from llguidance import LLTokenizer
         except ImportError as error:
             expected = 'expected it installed: pip install "vptq-runtime[serve]"'
             raise UnsupportedError(f"constrained output: found no llguidance ({error}), {expected}") from None
@@ -77,7 +78,13 @@ class Constraints:
             ) from None
         self.n_vocab = n_vocab
         self.end_tokens = frozenset(ends)
-        self._vocabulary = Vocabulary(self.n_tokens, tuple(special.items()), tuple(ends))
+        self._visible = VisibleTokens(self.n_tokens, tuple(special.items()), tuple(ends))
+        super().__init__()
+        self.renew()
+
+    def renew(self) -> None:
+        from llguidance import LLExecutor
+
         self.executor = LLExecutor(max(1, min(MASK_THREADS, (os.cpu_count() or 1) // 2)))
         self.thread = ThreadPoolExecutor(1, "vptq-masks")
 
@@ -88,7 +95,7 @@ class Constraints:
         regex: str | None = None,
         grammar: str | None = None,
     ) -> Constraint:
-        """Exactly one of them, made ready for one sequence; `fork` makes more of it.
+        """Exactly one of them, made ready for one sequence.
 
         json_schema: a JSON schema, as text or parsed. Properties come in its order, and between the tokens of
             JSON there are at most 40 characters of whitespace.
@@ -107,7 +114,7 @@ class Constraints:
         [(option, source)] = given.items()
         text = _for_library(option, source)
         try:
-            check_grammar(text, self._vocabulary)
+            check_grammar(text, self._visible)
             matcher = matcher_of(self._tokenizer, text)
         except GrammarError as error:
             raise OptionError(f"{option}: found {_shown(source)}: {error}") from None
@@ -124,10 +131,6 @@ class Constraint:
         self.constraints = constraints
         self.matcher = matcher
         self._option = option
-
-    def fork(self) -> Constraint:
-        """Another sequence, at the same place."""
-        return Constraint(self.constraints, self._option, self.matcher.deep_copy())
 
     @property
     def ended(self) -> bool:
@@ -172,7 +175,8 @@ class Masks:
         self._requests = [(constraint, list(drafts)) for constraint, drafts in requests]
         self._future: Future[list[Mask]] | None = None
         if self._requests:
-            self._future = self._requests[0][0].constraints.thread.submit(_masks, self._requests)
+            self._thread = self._requests[0][0].constraints.thread
+            self._future = self._thread.submit(_masks, self._requests)
 
     def result(self) -> list[Mask]:
         """For each sequence int32 (1 + len(drafts), ceil(n_vocab / 32)): bit t % 32 of word t // 32 says
@@ -184,8 +188,11 @@ class Masks:
         return self._future.result() if self._future else []
 
     def wait(self) -> None:
-        """Until the computation has ended, whatever came of it: the constraints are free again."""
-        if self._future:
+        """Until the computation has ended, whatever came of it: the constraints are free again.
+
+        In a child by fork, one of the parent's never ends, and nobody else has the child's constraints.
+        """
+        if self._future and self._thread is self._requests[0][0].constraints.thread:
             wait([self._future])
 
 

@@ -49,12 +49,16 @@ class Mailbox:
 
     async def take_async(self) -> Delta | None:
         """`take` for a coroutine."""
+        waiter: asyncio.Future[None] | None = None
         while True:
-            waiter = self._new_waiter()  # before looking: what comes after that wakes it
             try:
                 delta = self._news.get_nowait()
             except Empty:
-                await waiter
+                if waiter is None:
+                    waiter = self._new_waiter()  # and one look more: only what comes from now on wakes it
+                else:
+                    await waiter
+                    waiter = None
                 continue
             if delta is None:
                 self._news.put(None)
@@ -74,11 +78,10 @@ class Mailbox:
 
     async def wait_async(self) -> None:
         """`wait` for a coroutine."""
-        while True:
+        while not self._ended.is_set():
             waiter = self._new_waiter()
-            if self._ended.is_set():
-                return
-            await waiter
+            if not self._ended.is_set():
+                await waiter
 
     def take_waiters(self) -> list[asyncio.Future[None]]:
         """The coroutines to be woken by now."""

@@ -90,6 +90,7 @@ class Request:
     admitted: float | None = None  # when it first got a place
     first_token: float | None = None
     last_token: float | None = None
+    left: float | None = None  # when it had ended
 
     def __post_init__(self) -> None:
         self.ids = list(self.prompt)

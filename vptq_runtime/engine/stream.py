@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
-from vptq_runtime.errors import OptionError
+from vptq_runtime.errors import OptionError, again
 
 if TYPE_CHECKING:
     from vptq_runtime.engine.engine import Engine
@@ -18,8 +18,8 @@ class GenerationStream:
     """A text on its way: an iterator over its pieces, whose concatenation is `.result().text`.
 
     It is computed whether it is read or not. A piece never splits a UTF-8 character. For asyncio: `async for
-    piece in stream`, `await stream` for the Generation. Leaving a `with` block, and dropping the last
-    reference, end it early.
+    piece in stream`, `await stream` for the Generation. Leaving a `with` or `async with` block, and dropping
+    the last reference, end it early.
     """
 
     def __init__(self, engine: Engine, request: Request, generation: Callable[[Request], Generation]) -> None:
@@ -55,6 +55,12 @@ class GenerationStream:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    async def __aenter__(self) -> GenerationStream:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.aclose()
+
     def __del__(self) -> None:
         self.cancel()
 
@@ -87,6 +93,12 @@ class GenerationStream:
         self._closed = True
         self.cancel()
         self._request.mailbox.wait()
+
+    async def aclose(self) -> None:
+        """`close` for asyncio."""
+        self._closed = True
+        self.cancel()
+        await self._request.mailbox.wait_async()
 
     def result(self, timeout: float | None = None) -> Generation:
         """Waits for the end; the Generation, or what there is of it after an early end.
@@ -121,4 +133,4 @@ class GenerationStream:
 
     def _check(self) -> None:
         if self._request.error is not None and not self._closed:
-            raise self._request.error
+            raise again(self._request.error)

@@ -1,6 +1,7 @@
 """vptq-run --prompts: results in order, whatever ends first, and what of a file is refused."""
 
 import json
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,35 @@ def test_objects_with_options_of_their_own(
     assert results[2]["tokens"] == runtime.chat(messages, max_tokens=6, temperature=1.0, seed=5).tokens
     # Line n of the file has the seed of the command plus n, as prompts of a list have.
     assert results[3]["tokens"] == runtime.generate("the", max_tokens=6, temperature=1.0, seed=12).tokens
+
+
+def test_lines_end_with_line_feeds_only(
+    runtime: Runtime, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other characters at which Python splits lines are part of a prompt, and of a string in JSON."""
+    prompts = [f"the{separator}fox" for separator in "\u2028\u2029\x85\x0b\x0c\x1c"]
+    expected = [generation.text for generation in runtime.generate(prompts, max_tokens=6, temperature=0)]
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\r\n".join([*prompts, ""]).encode())
+    status, results, _ = run(capsys, "-m", model, "--prompts", path, *GREEDY)
+    assert (status, [result["text"] for result in results]) == (0, expected)
+    path = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    status, results, _ = run(capsys, "-m", model, "--prompts", path, *GREEDY)
+    assert (status, [result["text"] for result in results]) == (0, expected)
+
+
+def test_more_at_once_than_may_wait(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vptq_runtime.commands.prompts.AHEAD", 100)
+    monkeypatch.setattr(Runtime, "__init__", partialmethod(Runtime.__init__, queue=2))
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(f"the fox {n}" for n in range(30)))
+    status, results, _ = run(capsys, "-m", model, "--prompts", path, "--parallel", "2", *GREEDY)
+    assert status == 0
+    assert [len(result["tokens"]) for result in results] == [6] * 30
 
 
 @pytest.mark.parametrize(

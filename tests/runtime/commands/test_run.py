@@ -225,6 +225,21 @@ def test_values_out_of_range(
     assert re.fullmatch(f"vptq-run: error: {re.escape(message)}, expected [^\n]*\n", captured.err)
 
 
+def test_guesses_are_named_as_they_were_typed(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = ["-m", str(model), "-p", "a", "-n", "2"]
+    for wrong, status, message in (
+        (["--speculate", "fast"], 2, "--speculate: found 'fast', expected one of auto, off, ngram"),
+        (["--draft", str(demo_path())], 2, "--draft: found other tokens in "),
+    ):
+        assert cli.main([*prompt, *wrong]) == status
+        assert f"vptq-run: error: {message}" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:
+        cli.main([*prompt, "--speculate", "off", "--draft", str(model)])
+    assert left.value.code == 2
+    assert "--draft: not allowed with argument --speculate" in capsys.readouterr().err
+    assert cli.main([*prompt, "--draft", str(model)]) == 0
+
+
 def test_stdin_that_is_not_utf8(model: Path) -> None:
     for mode in (["-p", "-"], ["--chat"]):
         done = run("-m", model, *mode, given=b"abc\xff")

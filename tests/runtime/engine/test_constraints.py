@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -71,6 +72,11 @@ def model(request: pytest.FixtureRequest, byte_level: str, byte_fallback: str) -
     return Model(byte_level, [1]) if request.param == "byte level" else Model(byte_fallback, [2, 0])
 
 
+def fork(constraint: Constraint) -> Constraint:
+    """Another sequence, at the same place."""
+    return Constraint(constraint.constraints, constraint._option, constraint.matcher.deep_copy())
+
+
 def random_text(model: Model, constraint: Constraint, seed: int, most: int = 2000) -> str:
     """What comes of random tokens of those that are allowed. Drafts, good and bad, change nothing."""
     rng = np.random.default_rng(seed)
@@ -108,7 +114,7 @@ REGEXES = (
 def test_regex(regex: str, model: Model) -> None:
     constraint = model.constraints.compile(regex=regex)
     for seed in range(4):
-        text = random_text(model, constraint.fork(), seed)
+        text = random_text(model, fork(constraint), seed)
         assert re.fullmatch(regex, text), text
 
 
@@ -176,7 +182,7 @@ def check_lengths(value: Any) -> None:
 def test_json_schema(schema: Any, check: Callable[[Any], object], model: Model) -> None:
     constraint = model.constraints.compile(json_schema=schema)
     for seed in range(4):
-        text = random_text(model, constraint.fork(), seed)
+        text = random_text(model, fork(constraint), seed)
         assert re.search(r"\s{41}", re.sub(r'"[^"]*"', "string", text)) is None
         assert check(json.loads(text)) is not False
 
@@ -185,7 +191,7 @@ def test_any_json(demo: Model) -> None:
     for schema in (True, "true", {}):
         constraint = demo.constraints.compile(json_schema=schema)
         for text in ('{"a": [1, null, "x"]}', "[]", "-1.5e3", '"\\n\u2603"'):
-            follow(demo, constraint.fork(), text)
+            follow(demo, fork(constraint), text)
 
 
 GRAMMAR = r"""
@@ -211,10 +217,10 @@ def follow(model: Model, constraint: Constraint, text: str) -> None:
 def test_grammar(demo: Model) -> None:
     constraint = demo.constraints.compile(grammar=GRAMMAR)
     for text in ("7", "1+2*3", "(1+2)*(3)*99", "((((5))))"):
-        follow(demo, constraint.fork(), text)
+        follow(demo, fork(constraint), text)
     for text in ("0", "1+", "(1", "1)", "", "1 + 2"):
         tokens = demo.tokens(text)
-        other = constraint.fork()
+        other = fork(constraint)
         if other.allowed(tokens) == tokens:
             other.accept(tokens)
             assert not demo.allowed(other)[0] & {*demo.end_tokens}
@@ -230,7 +236,7 @@ def test_a_grammar_with_everything(demo: Model) -> None:
     """
     constraint = demo.constraints.compile(grammar=grammar)
     for seed in range(4):
-        text = random_text(demo, constraint.fork(), seed)
+        text = random_text(demo, fork(constraint), seed)
         assert re.fullmatch(r"[a-z]+ is -?\d+[^.]*\.", text)
 
 
@@ -256,7 +262,7 @@ def test_masks_are_those_of_the_language(model: Model) -> None:
         }  # two may be alike
         assert constraint.ended == (expected <= {*model.end_tokens})
         for token in sorted(found - {*model.end_tokens})[::3]:
-            following = constraint.fork()
+            following = fork(constraint)
             following.accept([token])
             pending.append((text + spelled[token], following))
 
@@ -286,7 +292,7 @@ def test_drafts(model: Model) -> None:
     drafts = model.tokens('": 12, "friends": [')
     rows = model.allowed(constraint, drafts)
     assert len(rows) == 1 + len(drafts)
-    other = constraint.fork()
+    other = fork(constraint)
     for row, draft in zip(rows, [*drafts, None], strict=True):
         assert [row] == model.allowed(other)
         if draft is not None:
@@ -336,19 +342,6 @@ def test_rules_over_rules(demo: Model) -> None:
     follow(demo, demo.constraints.compile(grammar=f'start: r0\n{rules}r15000: "c"'), "c")
 
 
-def test_forks_go_their_own_way(demo: Model) -> None:
-    first = demo.constraints.compile(regex="(ab|cd)*")
-    second = first.fork()
-    first.accept(demo.tokens("ab")[:1])
-    start = demo.allowed(second)
-    second.accept(demo.tokens("cd"))
-    third = second.fork()
-    third.accept(demo.end_tokens)
-    assert third.ended and not second.ended and not first.ended
-    assert demo.allowed(second) == start
-    follow(demo, second, "abcdab")
-
-
 def test_many_sequences_at_once(demo: Model) -> None:
     """Masks of a step are those of each sequence alone, also where threads ask at the same time."""
     regexes = ("[a-z]+", "(yes|no)", "x{3}", "[0-9]+")
@@ -362,13 +355,31 @@ def test_many_sequences_at_once(demo: Model) -> None:
             if [demo.sets(mask) for mask in masks.result()] != alone:
                 wrong.append(masks)
 
-    threads = [threading.Thread(target=ask, args=([c.fork() for c in constraints],)) for _ in range(3)]
+    threads = [threading.Thread(target=ask, args=([fork(c) for c in constraints],)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert wrong == []
     assert Masks([]).result() == []
+
+
+def test_masks_of_the_parent_are_not_waited_for(byte_level: str) -> None:
+    """In a child by fork; here their thread is busy for as long as this takes."""
+    model = Model(byte_level, [1])
+    constraint = model.constraints.compile(regex="[a-z]+")
+    gate = threading.Event()
+    model.constraints.thread.submit(gate.wait)
+    masks = Masks([(constraint, [])])
+    waiting = threading.Thread(target=masks.wait, daemon=True)
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()
+    model.constraints.renew()
+    masks.wait()
+    assert len(model.allowed(constraint)) == 1  # by the new thread
+    gate.set()
+    waiting.join()
 
 
 def test_stuck(demo: Model) -> None:
@@ -583,6 +594,69 @@ def test_a_trial_that_takes_too_long(demo: Model, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(grammar_trial, "WALL_S", 0.01)
     with pytest.raises(OptionError, match=r"^regex: found 'slow': takes more than 0.01 s"):
         demo.constraints.compile(regex="slow")
+
+
+def test_refusals_are_known_too(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2):
+        with pytest.raises(OptionError, match=r"^regex: found '\(': "):
+            demo.constraints.compile(regex="(")
+        monkeypatch.setattr(sys, "executable", "/nowhere")
+
+
+def test_so_many_outcomes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(grammar_trial, "_try", lambda grammar, tokens: tried.append(grammar) or "")
+    monkeypatch.setattr(grammar_trial, "MOST_KNOWN", 2)
+    trials = grammar_trial.Trials()
+    tokens = grammar_trial.VisibleTokens(300, (), (1,))
+    for grammar in "aabbccbab":
+        trials.reason(grammar, tokens)
+    assert tried == ["a", "b", "c", "a", "b"]
+
+
+def test_so_many_trials_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a grammar that another thread has tried meanwhile is not tried again."""
+    running, most, tried = 0, 0, []
+    gate, lock = threading.Event(), threading.Lock()
+
+    def slow(grammar: str, tokens: grammar_trial.VisibleTokens) -> str:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+            tried.append(grammar)
+        assert gate.wait(30)
+        with lock:
+            running -= 1
+        return ""
+
+    monkeypatch.setattr(grammar_trial, "_try", slow)
+    trials = grammar_trial.Trials()
+    tokens = grammar_trial.VisibleTokens(300, (), (1,))
+    threads = [threading.Thread(target=trials.reason, args=(g, tokens)) for g in "abcdefaaaa"]
+    for n, thread in enumerate(threads):
+        thread.start()
+        while len(tried) < min(n + 1, grammar_trial.MOST_TRIALS):
+            time.sleep(0.001)
+    time.sleep(0.1)  # for those that would run, too
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert most == grammar_trial.MOST_TRIALS
+    assert sorted(tried) == [*"abcdef"]
+
+
+def test_a_trial_that_cannot_begin(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its process lacks is not the grammar's fault, and not known for ever."""
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar_trial, "CHILD", "raise ImportError('no module of that name')")
+        message = "cannot try a grammar in another process: ImportError: no module of that name"
+        with pytest.raises(UnsupportedError, match=f"^constrained output: {message}$"):
+            demo.constraints.compile(regex="begin")
+        patch.setattr(grammar_trial, "CHILD", "raise SystemExit(5)")
+        with pytest.raises(UnsupportedError, match=r"in another process: status 5$"):
+            demo.constraints.compile(regex="begin")
+    follow(demo, demo.constraints.compile(regex="begin"), "begin")
 
 
 @pytest.fixture

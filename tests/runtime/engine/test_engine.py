@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vptq_runtime import BusyError, OptionError, Runtime, demo_path
+from vptq_runtime.engine.constraints import Constraints
 from vptq_runtime.evaluate import perplexity
 
 SYSTEM = [BOS, *range(20, 120)]
@@ -237,6 +238,13 @@ def test_only_a_score(runtime: Runtime) -> None:
     generation = runtime.generate([BOS], max_tokens=0, prompt_logprobs=1)
     assert (generation.prompt_logprobs, generation.tokens) == ([None], [])
     assert generation.finish_reason == "length" and generation.logprobs is None
+    before = runtime.stats().prompt_tokens_computed
+    for prompt, n_fed in (([BOS], 1), ([*SYSTEM, 300], len(SYSTEM))):
+        timings = runtime.generate(prompt, max_tokens=0, prompt_logprobs=0).timings
+        assert timings.prompt_tokens == n_fed and timings.prompt_s > 0 and timings.decode_s == 0
+        after = runtime.stats().prompt_tokens_computed
+        assert after - before == n_fed
+        before = after
 
 
 def test_min_tokens(runtime: Runtime) -> None:
@@ -277,6 +285,10 @@ def test_bad_draft_models(model: Path, runtime: Runtime) -> None:
     closed.close()
     with pytest.raises(OptionError, match="speculate: found a closed Runtime"):
         runtime.generate("a", speculate=closed)
+    with Runtime(model) as used:
+        runtime.generate("a", speculate=used, max_tokens=4)
+    with pytest.raises(OptionError, match="speculate: found a closed Runtime"):
+        runtime.generate("a", speculate=used)
     with Runtime(demo_path()) as other, pytest.raises(OptionError, match="speculate: found other tokens in"):
         runtime.generate("a", speculate=other)
 
@@ -298,6 +310,28 @@ def test_a_form_in_any_company(runtime: Runtime) -> None:
     assert json.loads(alone[0].text) in ["fox", "dog", 5]
     assert re.fullmatch("(the|fox|dog){1,4}", alone[1].text) and re.fullmatch("a*b", alone[2].text)
     assert free.tokens not in [each.tokens for each in alone]
+
+
+def test_first_forms_at_the_same_time(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a model's forms share is made once: it can take a second."""
+    made = []
+    init = Constraints.__init__
+
+    def slow_init(self: Constraints, *arguments: Any) -> None:
+        made.append(self)
+        time.sleep(0.1)
+        init(self, *arguments)
+
+    monkeypatch.setattr(Constraints, "__init__", slow_init)
+    texts = []
+    with Runtime(model, device="cpu") as runtime:
+        ask = lambda: texts.append(runtime.generate("the", regex="fox").text)  # noqa: E731
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert (len(made), texts) == (1, ["fox"] * 4)
 
 
 def test_a_form_with_everything_else(runtime: Runtime) -> None:

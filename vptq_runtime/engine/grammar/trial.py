@@ -14,9 +14,9 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
+from vptq_runtime.engine.forks import Forked
 from vptq_runtime.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -28,7 +28,9 @@ WALL_S = 60  # where other processes have the processors
 MEMORY = 1 << 30  # address space of a trial
 STACK = 1 << 27  # the library recurses over rules, 3 KB each, and ends the process where the stack does
 CHILD = "import sys; sys.path[:] = sys.argv[1:]; from vptq_runtime.engine.grammar.trial import main; main()"
-_stack_lock = threading.Lock()
+READY = b"ready\n"  # what a trial says when it has all that it needs: what fails then is the grammar
+MOST_TRIALS = 2  # at once: each has a processor, and up to MEMORY
+MOST_KNOWN = 256  # grammars whose trial is not made again; the longest have 256 KB
 
 
 class GrammarError(Exception):
@@ -36,7 +38,7 @@ class GrammarError(Exception):
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class VisibleTokens:
     """What a grammar can see of a tokenizer: how many tokens, and the special ones by name."""
 
     n_tokens: int
@@ -44,15 +46,51 @@ class Vocabulary:
     end_tokens: tuple[int, ...]
 
 
-@lru_cache(maxsize=256)  # of those that have passed
-def check_grammar(grammar: str, vocabulary: Vocabulary) -> None:
-    """Tries a grammar, as the library has it, in another process.
+class Trials(Forked):
+    """What trials have said of grammars, and the right to make one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._reasons: dict[tuple[str, VisibleTokens], str] = {}  # why not; empty of what can be used
+        self.renew()
+
+    def renew(self) -> None:
+        self._free = threading.BoundedSemaphore(MOST_TRIALS)
+        self._lock = threading.Lock()  # of _reasons
+        self.stack_lock = threading.Lock()  # of the size of the next thread's stack
+
+    def reason(self, grammar: str, tokens: VisibleTokens) -> str:
+        """Why a grammar cannot be used, by a trial or by one before; empty where it can."""
+        asked = grammar, tokens
+        if (reason := self._reasons.get(asked)) is not None:
+            return reason
+        with self._free:
+            if (reason := self._reasons.get(asked)) is not None:  # by another thread, meanwhile
+                return reason
+            reason = _try(grammar, tokens)
+            with self._lock:
+                self._reasons[asked] = reason
+                if len(self._reasons) > MOST_KNOWN:
+                    del self._reasons[next(iter(self._reasons))]
+        return reason
+
+
+_trials = Trials()
+
+
+def check_grammar(grammar: str, tokens: VisibleTokens) -> None:
+    """Tries a grammar, as the library has it, in another process, unless that has been done.
 
     Raises GrammarError, and UnsupportedError where there can be no other process.
     """
+    if reason := _trials.reason(grammar, tokens):
+        raise GrammarError(reason)
+
+
+def _try(grammar: str, tokens: VisibleTokens) -> str:
+    """Why a grammar cannot be used; raises GrammarError for a reason that may be another one next time."""
     command = [sys.executable, "-c", CHILD, *sys.path]
-    special, end_tokens = vocabulary.special, vocabulary.end_tokens
-    request = json.dumps([grammar, vocabulary.n_tokens, special, end_tokens]).encode()
+    request = json.dumps([grammar, tokens.n_tokens, tokens.special, tokens.end_tokens]).encode()
     try:
         result = subprocess.run(command, input=request, capture_output=True, timeout=WALL_S)
     except OSError as error:
@@ -61,18 +99,23 @@ def check_grammar(grammar: str, vocabulary: Vocabulary) -> None:
         ) from None
     except subprocess.TimeoutExpired:
         raise GrammarError(f"takes more than {WALL_S} s to make ready") from None
+    if not result.stdout.startswith(READY):
+        said = result.stderr.decode(errors="replace").split("\n")
+        last = next((line for line in reversed(said) if line.strip()), f"status {result.returncode}")
+        raise UnsupportedError(f"constrained output: cannot try a grammar in another process: {last}")
+    if result.returncode == 0:
+        return str(json.loads(result.stdout.removeprefix(READY)))
     if result.returncode == -signal.SIGSEGV:
-        raise GrammarError("its rules are nested too deeply")
-    if result.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        raise GrammarError(f"takes more than {CPU_S} s to make ready: it is too complex")
-    if result.returncode != 0:
-        raise GrammarError(f"takes more than {MEMORY >> 20} MiB to make ready: it is too complex")
-    if reason := json.loads(result.stdout):
-        raise GrammarError(reason)
+        return "its rules are nested too deeply"
+    if result.returncode == -signal.SIGXCPU:
+        return f"takes more than {CPU_S} s to make ready: it is too complex"
+    if result.returncode == -signal.SIGKILL:  # of a system that lacks memory
+        raise GrammarError("takes too much to make ready: the system has ended its trial")
+    return f"takes more than {MEMORY >> 20} MiB to make ready: it is too complex"
 
 
 def main() -> None:
-    """The other process: reads a request, writes the reason why the grammar cannot be used, or nothing."""
+    """The other process: reads a request, writes READY, and why the grammar cannot be used, or nothing."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S + 1))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -82,6 +125,8 @@ def main() -> None:
     tokenizer = LLTokenizer(
         TokenizerWrapper(_Bytes(n_tokens, dict(special), end_tokens)), eos_token=end_tokens
     )
+    sys.stdout.buffer.write(READY)
+    sys.stdout.flush()
     reason = ""
     try:
         _with_stack(STACK, lambda: _first_steps(tokenizer, grammar))
@@ -151,7 +196,7 @@ def _with_stack(size: int, call: Callable[[], T]) -> T:
         except BaseException as error:
             errors.append(error)
 
-    with _stack_lock:
+    with _trials.stack_lock:
         usual = threading.stack_size(size)
         thread = threading.Thread(target=run)
         thread.start()
