@@ -14,7 +14,7 @@ set(cuda_host
   ${cuda}/sliced_layers.cpp
   ${cuda}/slices.cpp
   ${cuda}/top_logits_reader.cpp
-  ${src}/tensor.cpp)
+  ${src}/model/tensor.cpp)
 
 if(VPTQ_CUDA)
   include(CheckLanguage)

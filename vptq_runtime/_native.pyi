@@ -317,7 +317,7 @@ def split_layers(
     n_layers: int,
     free: Sequence[int],
 ) -> list[int]:
-    """For tests: how many of the last n_layers layers each GPU gets, as native/src/placement.h says.
+    """For tests: how many of the last n_layers layers each GPU gets, as native/src/context/placement.h says.
 
     An empty list where they do not fit. Sizes are bytes.
     """

@@ -13,9 +13,9 @@
 #include <memory>
 
 #include "backend.h"
+#include "context/kv_cache.h"
+#include "context/placement.h"
 #include "cpu/cpu_backend.h"
-#include "kv_cache.h"
-#include "placement.h"
 #include "self_check/self_check.h"
 #include "vptq/error.h"
 

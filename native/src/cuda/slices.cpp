@@ -5,7 +5,7 @@
 #include <limits>
 #include <numeric>
 
-#include "indices.h"
+#include "model/indices.h"
 
 namespace vptq::cuda {
 namespace {

@@ -8,7 +8,7 @@
 #include <set>
 #include <utility>
 
-#include "kv_cache.h"
+#include "context/kv_cache.h"
 #include "self_check/comparison.h"
 #include "self_check/small_layer.h"
 

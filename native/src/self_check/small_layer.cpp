@@ -4,7 +4,7 @@
 #include <cstring>
 #include <numeric>
 
-#include "indices.h"
+#include "model/indices.h"
 #include "overloaded.h"
 
 namespace vptq {

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cuda/slices.h"
-#include "indices.h"
+#include "model/indices.h"
 #include "testing.h"
 
 using namespace vptq;

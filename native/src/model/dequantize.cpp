@@ -2,7 +2,7 @@
 // multiply-add, so that every operation is rounded by itself.
 #include <cstring>
 
-#include "indices.h"
+#include "model/indices.h"
 #include "overloaded.h"
 #include "vptq/model.h"
 

@@ -1,4 +1,4 @@
-#include "kv_cache.h"
+#include "context/kv_cache.h"
 
 #include <algorithm>
 #include <cmath>

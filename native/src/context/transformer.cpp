@@ -1,4 +1,4 @@
-#include "transformer.h"
+#include "context/transformer.h"
 
 #include <functional>
 #include <utility>

@@ -4,10 +4,10 @@
 #include <limits>
 #include <new>
 
-#include "kv_cache.h"
-#include "placement.h"
+#include "context/kv_cache.h"
+#include "context/placement.h"
+#include "context/transformer.h"
 #include "sampling/outputs.h"
-#include "transformer.h"
 #include "vptq/error.h"
 
 namespace vptq {

@@ -1,4 +1,4 @@
-#include "placement.h"
+#include "context/placement.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -6,8 +6,8 @@
 #include <optional>
 #include <string_view>
 
+#include "context/transformer.h"
 #include "self_check/self_check.h"
-#include "transformer.h"
 #include "vptq/error.h"
 
 namespace vptq {

@@ -3,7 +3,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "indices.h"
+#include "model/indices.h"
 #include "vptq/error.h"
 #include "vptq/model.h"
 
