@@ -57,10 +57,10 @@ class RightSoFar:
         at = bisect_right(self._least, n_for) - 1
         return self._right[at] / self._tried[at]
 
-    def learn(self, ids: Sequence[int], start: int, n_for: int, drafts: Sequence[int]) -> None:
-        """Compares drafts of ids[start:], fed or not, with what came; n_for: of the first of them."""
-        for i, (draft, token) in enumerate(zip(drafts, ids[start : start + len(drafts)], strict=False)):
-            at = bisect_right(self._least, n_for + i) - 1
+    def learn(self, ids: Sequence[int], start: int, n_for: Sequence[int], drafts: Sequence[int]) -> None:
+        """Compares drafts of ids[start:], fed or not, with what came; n_for: of each of them."""
+        for draft, each, token in zip(drafts, n_for, ids[start : start + len(drafts)], strict=False):
+            at = bisect_right(self._least, each) - 1
             self._right[at] += draft == token
             self._tried[at] += 1
             if self._tried[at] > self.MEMORY:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 from fake_context import FakeSampler
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vptq_runtime.engine.drafters.ngram import NgramText
 from vptq_runtime.engine.request import Request
@@ -105,6 +107,31 @@ def test_token_by_token_as_at_once() -> None:
     drafter = NgramText()
     for n in range(len(ids) + 1):
         assert drafts_of(drafter, ids[:n]) == drafts_of(NgramText(), ids[:n])
+
+
+def test_a_copy_goes_on_behind_a_change() -> None:
+    source = [*range(1, 21)]
+    for change, rest in (([99], 9), ([99, 98], 10), ([99, 9], 10), ([99, 98, 97, 9], 10), ([10], 11)):
+        drafter, ids = NgramText(), [*source, 1, 2, 3, 4, 5, 6, 7]
+        assert drafts_of(drafter, ids) == [8, 9, 10, 11, 12]
+        for token in change:
+            ids.append(token)
+            drafts = drafts_of(drafter, ids)
+        assert drafts == list(range(rest, rest + 5))
+    for _ in range(9):  # what is no copy any more
+        ids.append(ids[-1] + 50)
+        drafts = drafts_of(drafter, ids)
+    assert drafts == []
+
+
+@given(st.lists(st.integers(0, 3), max_size=80), st.data())
+def test_drafts_are_tokens_of_the_text(ids: list[int], data: st.DataObject) -> None:
+    drafter, n = NgramText(), 0
+    while n < len(ids):
+        n = min(len(ids), n + data.draw(st.integers(1, 9)))
+        drafts = drafter.draft(ids[:n], 7)
+        assert len(drafts.tokens) == len(drafts.probabilities) in (0, 7)
+        assert set(drafts.tokens) <= set(ids[:n]) and all(0 < p < 1 for p in drafts.probabilities)
 
 
 def test_it_learns_how_often_it_is_right() -> None:

@@ -59,7 +59,7 @@ class DraftModel:
         """Brings a sequence to where its request is, but for what a draft feeds; False: it takes longer, or
         drafts are of no use."""
         ids = text.request.ids
-        self._right.learn(ids, text.n_ids, 0, text.drafts)
+        self._right.learn(ids, text.n_ids, [0] * len(text.drafts), text.drafts)
         text.drafts, text.most = [], min(most, MOST_DRAFTS, self._context.n_ctx - len(ids))
         n_right = text.n_right()
         if n_right < len(text.fed):

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 N = 2  # least tokens of a match
 MOST_MATCH = 32  # a longer one says no more
 MOST_TRIED = 8  # places, the latest first, of which the longest match is taken
-PRIOR = ((0, 0.2), (3, 0.3), (4, 0.45), (6, 0.6), (10, 0.75), (20, 0.85))  # by the length of the match
+COPY = 4  # tokens of a match from which on a text is taken for a copy
+PATIENCE = 6  # tokens without such a match after which it is one no longer
+NEAR = 4  # tokens around a copy's place in which it is looked for again
+# By the length of the match. 0: of a copy behind a change; what follows there counts as a match of COPY.
+PRIOR = ((0, 0.4), (2, 0.2), (3, 0.3), (4, 0.45), (6, 0.6), (10, 0.75), (20, 0.85))
 
 
 class NgramDrafter:
@@ -46,20 +50,41 @@ class NgramText:
         self._before: dict[int, int] = {}  # of such a place: the one before
         self._right = RightSoFar(PRIOR)
         self._at = 0  # the place that the latest drafts were made for,
-        self._match = 0  # the length of their match,
-        self._made: list[int] = []  # and they
+        self._made: list[int] = []  # they,
+        self._n_for: list[int] = []  # and the length of the match that spoke for each
+        self._source = 0  # the place that they were copied from; 0: there are none
+        self._copied = -PATIENCE  # the place that the latest match of COPY tokens spoke for
 
     def draft(self, ids: Sequence[int], most: int) -> Drafts:
         """At most so many tokens that may follow ids, which go on from those of the call before."""
-        self._right.learn(ids, self._at, self._match, self._made)
+        self._right.learn(ids, self._at, self._n_for, self._made)
         self._index(ids)
         place, match = self._longest_match(ids)
+        if match >= COPY:
+            self._copied = len(ids)
+        elif len(ids) - self._copied < PATIENCE:
+            place, match = self._behind_change(ids)
         # A match that reaches to the end repeats itself: what it says goes on with what it has said.
         made: list[int] = []
-        for at in range(place, place + most if match else place):
+        for at in range(place, place + most if place else place):
             made.append(ids[at] if at < len(ids) else made[at - len(ids)])
-        self._at, self._match, self._made = len(ids), match, made
-        return Drafts(made, [self._right.probability(match + i) for i in range(len(made))])
+        first = match or COPY
+        self._n_for = [match, *range(first + 1, first + len(made))]
+        self._at, self._made, self._source = len(ids), made, place
+        return Drafts(made, [self._right.probability(n) for n in self._n_for[: len(made)]])
+
+    def _behind_change(self, ids: Sequence[int]) -> tuple[int, int]:
+        """Where a copy goes on behind tokens that were put for others, and the length of the match there.
+
+        Where the same token stands near; or else so many tokens on as have come.
+        """
+        if not self._source:
+            return 0, 0
+        source = self._source + len(ids) - self._at
+        for place in sorted(range(source - NEAR, source + NEAR + 1), key=lambda place: abs(place - source)):
+            if N <= place < len(ids) and ids[place - 1] == ids[-1]:
+                return place, N if ids[place - 2] == ids[-2] else 0
+        return (source, 0) if source < len(ids) else (0, 0)
 
     def _index(self, ids: Sequence[int]) -> None:
         # The n-gram at the end is left out: it would match itself.
