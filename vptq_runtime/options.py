@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from vptq_runtime.checks import check_choice, check_int, check_number, shown
@@ -20,6 +20,7 @@ MOST_BIAS = 100.0
 MOST_BIASES = 1024  # tokens
 MOST_STOPS, LONGEST_STOP = 64, 1024  # strings, characters: each is looked for at every token
 LONGEST_SALT = 256  # characters
+FORMS = ("json_schema", "regex", "grammar")  # of the text; one at most
 SPECULATION = ("auto", "off", "ngram")
 
 
@@ -71,6 +72,15 @@ class Options:
     speculate: str | Runtime = "auto"
     cache_salt: str = ""
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Options:
+        """From keyword arguments; raises OptionError for one that there is not, too."""
+        known = [each.name for each in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise OptionError(f"{name[:40]}: found no such option, expected one of {', '.join(known)}")
+        return cls(**options)
+
     def __post_init__(self) -> None:
         """Raises OptionError where a value has the wrong type or range. Without a seed it draws one."""
         if self.prompt_logprobs is not None:
@@ -113,8 +123,7 @@ class Options:
     @property
     def constraints(self) -> dict[str, Any]:
         """Those of json_schema, regex and grammar that are given."""
-        given = {"json_schema": self.json_schema, "regex": self.regex, "grammar": self.grammar}
-        return {option: value for option, value in given.items() if value is not None}
+        return {form: value for form in FORMS if (value := getattr(self, form)) is not None}
 
     def sampler(self, index: int, end_tokens: Sequence[int], n_vocab: int) -> Sampler:
         """The sampler of a list's prompt number `index`, seeded with seed + index."""

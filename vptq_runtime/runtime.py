@@ -264,11 +264,12 @@ class Runtime:
             itself ("ngram"), or by a Runtime of a small model with the same tokens; "off". "auto" is "ngram".
         cache_salt: prompts share computed blocks only with prompts of the same one.
 
-        Returns a Generation, or a list of them for a list of prompts. Ctrl-C, as any exception, ends the call
-        and leaves the Runtime usable. Raises OptionError for an option out of range and for a prompt that
-        leaves no room in the context, OutOfMemoryError where the cache does not fit.
+        Returns a Generation, or a list of them for a list of prompts ([] is a prompt of no tokens). Ctrl-C,
+        as any exception, ends the call and leaves the Runtime usable. Raises OptionError for an option out of
+        range and for a prompt that leaves no room in the context, OutOfMemoryError where the cache does not
+        fit.
         """
-        checked = Options(**options)
+        checked = Options.of(options)
         several = isinstance(prompt, list | tuple) and any(not isinstance(item, int) for item in prompt)
         if several and stream:
             raise OptionError("stream: found a list of prompts, expected one prompt")
@@ -299,7 +300,7 @@ class Runtime:
 
         Raises BusyError where too many requests wait, beside what `generate` raises.
         """
-        return self._submit(prompt, Options(**options))
+        return self._submit(prompt, Options.of(options))
 
     @overload
     def chat(

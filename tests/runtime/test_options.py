@@ -93,6 +93,11 @@ def test_accepted(option: str, value: Any) -> None:
     assert getattr(Options(**{option: value}), option) == value
 
 
+def test_no_such_option() -> None:
+    with pytest.raises(OptionError, match=r"^max_token: found no such option, expected one of max_tokens, "):
+        Options.of({"max_token": 1})
+
+
 def test_stop_is_a_string_or_several() -> None:
     assert Options(stop="ab").stops == ("ab",)
     assert Options(stop=["a", "b"]).stops == ("a", "b")

@@ -135,6 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         beside = arguments.synthetic is not None or (arguments.fits and option != "layers")
         if not beside and getattr(arguments, option) is not None:
             p.error(f"--{option.replace('_', '-')}: expected --synthetic beside it")
+    if arguments.fits and arguments.engine:
+        p.error("--engine: found --fits beside it, which measures nothing")
     return command.run("vptq-bench", lambda: _run(arguments))
 
 

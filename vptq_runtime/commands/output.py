@@ -61,6 +61,8 @@ def generation_as_json(runtime: Runtime, generation: Generation) -> dict[str, An
         "tokens": generation.tokens,
         "finish_reason": generation.finish_reason,
         "n_cached": generation.n_cached,
+        "n_drafted": generation.n_drafted,
+        "n_accepted": generation.n_accepted,
         **told,
         "timings": asdict(timings)
         | {
@@ -84,6 +86,10 @@ def _report(
 ) -> None:
     if generation.finish_reason == "length" and len(generation.tokens) != arguments.max_tokens:
         command.note(f"the context of {runtime.n_ctx} tokens is full: the text ends here")
+    elif generation.finish_reason == "length" and (
+        arguments.json_schema or arguments.regex or arguments.grammar
+    ):
+        command.note(f"-n: {arguments.max_tokens} tokens are generated, and the text's form is not complete")
     if arguments.json:
         result = {
             "model": str(arguments.model),

@@ -53,8 +53,9 @@ Prompts are taken as they are: \\n in one is a backslash and an n (bash has $'\\
 
 --prompts takes a text file with a prompt in each line, or, where its name ends with .jsonl, an object in
 each: "prompt" (a text, or token ids) or "messages" (for a chat), if need be an "id", which its result
-repeats, and options of the Python API (max_tokens, temperature, json_schema ...). Results are a JSON object a
-line, in the same order.
+repeats, and options by their names in Python (max_tokens, temperature, stop, json_schema ...), which go
+before the command's. Empty lines are skipped. Results are a JSON object a line, in the same order. The
+prompt with index i has the seed --seed + i.
 
 Exit status: 0 done, 1 an error, 2 wrong usage, 130 stopped by Ctrl-C.
 """
@@ -143,7 +144,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         type=int,
         default=0,
-        help="after the text, a line for each token: its log-probability, and the N likeliest ones there",
+        help="after the text, a line for each token: its log-probability, and the N likeliest ones there; "
+        "0 is off (default: %(default)s)",
     )
     form = p.add_argument_group("form of the text").add_mutually_exclusive_group()
     form.add_argument("--json-schema", metavar="FILE", help="JSON that matches the JSON schema in a file")
@@ -212,7 +214,7 @@ def _run_model(arguments: argparse.Namespace) -> None:
             command.open_runtime(arguments.model, arguments, parallel=arguments.parallel)
         )
         if arguments.draft is not None:
-            with command.options_as_typed({}, {str(arguments.draft): "--draft"}):
+            with command.options_as_typed({}, {str(arguments.draft): f"--draft: {arguments.draft}"}):
                 options["speculate"] = stack.enter_context(command.open_runtime(arguments.draft, arguments))
         if arguments.prompts is not None:
             from vptq_runtime.commands.prompts import run_prompts  # rich takes its time to load

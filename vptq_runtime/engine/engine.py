@@ -168,6 +168,7 @@ class Engine(Forked):
         places = max(0, self._parallel - self._n_active)
         if n_waiting >= self._queue + places:
             found = f"queue: found {n_waiting} requests waiting, expected at most {self._queue}"
+            found += f" beside {places} free places" if places else ""
         elif n_waiting and waiting_tokens + n_tokens > self._queue_tokens + places * self._n_ctx:
             found = f"queue_tokens: found {waiting_tokens} tokens of prompts waiting and {n_tokens} more"
             found += f", expected at most {self._queue_tokens}"

@@ -57,6 +57,7 @@ def test_objects_with_options_of_their_own(
     top = results[1]["logprobs"][0]["top"]
     assert top == [{key: results[1]["logprobs"][0][key] for key in ("token", "text", "logprob")}]
     assert results[2]["tokens"] == runtime.chat(messages, max_tokens=6, temperature=1.0, seed=5).tokens
+    assert [result["seed"] for result in results] == [9, 10, 5, 12]
     # Line n of the file has the seed of the command plus n, as prompts of a list have.
     assert results[3]["tokens"] == runtime.generate("the", max_tokens=6, temperature=1.0, seed=12).tokens
 
@@ -97,8 +98,11 @@ def test_more_at_once_than_may_wait(
         ("[1]", "line 2: found '[1]', expected a JSON object"),
         ("{}", "line 2: found neither, expected prompt or messages"),
         ('{"prompt": "a", "messages": []}', "line 2: found prompt and messages, expected prompt or messages"),
-        ('{"prompt": "a", "colour": 1}', "line 2: found the key 'colour', expected one of max_tokens,"),
-        ('{"prompt": "a", "top_p": 2}', "line 2: top_p: found 2, expected a finite number"),
+        (
+            '{"prompt": "a", "id": 7, "colour": 1}',
+            "line 2: found the key 'colour', expected one of max_tokens,",
+        ),
+        ('{"prompt": "a", "id": 7, "top_p": 2}', "line 2: top_p: found 2, expected a finite number"),
         ('{"prompt": [99999]}', "line 2: prompt[0]: found 99999, expected a whole number"),
         ('{"prompt": {"a": 1}}', "line 2: prompt: found {'a': 1}, expected a string or a list of token ids"),
         ('{"messages": [{"role": 5}]}', "line 2: "),
@@ -114,6 +118,7 @@ def test_one_bad_line_spoils_no_other(
     assert status == 1
     assert [len(result.get("tokens", ())) for result in results] == [6, 0, 6]
     assert results[1]["error"].startswith(error)
+    assert results[1].get("id") == (7 if '"id"' in line else None)
     assert err[-1] == f"vptq-run: error: {path}: 1 of 3 prompts failed, as their lines say"
 
 

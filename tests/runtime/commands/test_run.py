@@ -87,6 +87,8 @@ def test_json(runtime: Runtime, model: Path) -> None:
         "tokens": expected.tokens,
         "finish_reason": "length",
         "n_cached": 0,
+        "n_drafted": 0,
+        "n_accepted": 0,
     }
     assert done.stderr == b""
 
