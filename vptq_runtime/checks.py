@@ -12,13 +12,13 @@ def check_int(option: str, found: object, least: int, most: int | None = None) -
     """Raises OptionError unless `found` is a whole number in least ... most."""
     whole = isinstance(found, int) and not isinstance(found, bool)
     if not whole or found < least or (most is not None and found > most):  # type: ignore[operator]
-        upper = "" if most is None else f" and at most {most}"
+        upper = "" if most is None else f" and at most {shown(most)}"
         raise OptionError(f"{option}: found {shown(found)}, expected a whole number, at least {least}{upper}")
 
 
 def check_choice(option: str, found: object, known: Sequence[str]) -> None:
     """Raises OptionError, which lists the known values, unless `found` is one of them."""
-    if found not in known:
+    if not isinstance(found, str) or found not in known:
         raise OptionError(f"{option}: found {shown(found)}, expected one of {', '.join(known)}")
 
 
@@ -37,4 +37,7 @@ def shown(found: object) -> str:
     """A value as error messages quote it: one line, not too long."""
     if isinstance(found, int) and abs(found) >= 10**40:
         return "a number of more than 40 digits"  # Python refuses to print the longest ones
-    return repr(found)[:80]
+    try:
+        return repr(found)[:80]
+    except Exception:  # a list of such numbers, or nested without end, or what its class makes of it
+        return f"a value of type {type(found).__name__}"

@@ -18,7 +18,7 @@ SEEDS = 2**64
 MOST_LOGPROBS = 20
 MOST_BIAS = 100.0
 MOST_BIASES = 1024  # tokens
-MOST_STOPS, LONGEST_STOP = 64, 1024  # strings, characters: each is looked for at every token
+MOST_STOPS, LONGEST_STOP = 64, 256  # strings, characters: each is looked for at every token
 LONGEST_SALT = 256  # characters
 FORMS = ("json_schema", "regex", "grammar")  # of the text; one at most
 SPECULATION = ("auto", "off", "ngram")
@@ -187,4 +187,4 @@ class Options:
             raise OptionError(f"logit_bias: {found}, expected at most {MOST_BIASES}")
         for token, bias in self.logit_bias.items():
             check_int("logit_bias", token, 0)
-            check_number(f"logit_bias[{token}]", bias, -MOST_BIAS, MOST_BIAS)
+            check_number(f"logit_bias[{shown(token)}]", bias, -MOST_BIAS, MOST_BIAS)

@@ -105,6 +105,8 @@ class Runtime:
         check_choice("kv_type", kv_type, KV_TYPES)
         check_choice("precision", precision, PRECISIONS)
         check_choice("device", device, DEVICES)
+        if progress is not None and not callable(progress):
+            raise OptionError(f"progress: found {shown(progress)}, expected a function")
         check_choice("cache", cache, get_args(CacheMode))
         self._path = _checked_path(path)
         model = _native.Model(self._path)

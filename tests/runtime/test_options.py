@@ -48,7 +48,7 @@ class HasGenerate:
         *(("prompt_logprobs", value) for value in (-1, 21, 1.0)),
         *(("speculate", value) for value in ("on", "", None, 1, object())),
         *(("cache_salt", value) for value in (None, 1, b"a", "a" * 257)),
-        *(("stop", value) for value in (["a"] * 65, range(10**12), "a" * 1025, ["a", "b" * 10**6])),
+        *(("stop", value) for value in (["a"] * 65, range(10**12), "a" * 257, ["a", "b" * 10**6])),
         ("logit_bias", dict.fromkeys(range(1025), 1.0)),
         ("speculate", HasGenerate()),
     ],
@@ -83,7 +83,7 @@ def test_refused(option: str, value: Any) -> None:
         ("logprobs", 20),
         ("prompt_logprobs", 0),
         ("speculate", "off"),
-        ("stop", ["a" * 1024] * 64),
+        ("stop", ["a" * 256] * 64),
         ("logit_bias", dict.fromkeys(range(1024), 1.0)),
         ("cache_salt", "a" * 256),
     ],
@@ -91,6 +91,22 @@ def test_refused(option: str, value: Any) -> None:
 )
 def test_accepted(option: str, value: Any) -> None:
     assert getattr(Options(**{option: value}), option) == value
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logit_bias": {10**5000: 1.0}},
+        {"min_tokens": 10**5000 + 1, "max_tokens": 10**5000},
+        {"stop": [[10**5000]]},
+        {"speculate": [10**5000]},
+        {"seed": [10**5000]},
+    ],
+)
+def test_values_that_cannot_be_printed(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=rf"^{next(iter(options))}") as caught:
+        Options.of(options).sampler(0, [], 100)
+    assert len(str(caught.value)) < 200
 
 
 def test_no_such_option() -> None:

@@ -8,6 +8,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vptq_runtime.checks import shown
 from vptq_runtime.commands import command
 from vptq_runtime.commands.output import generation_as_json
 from vptq_runtime.commands.progress import RunProgress, print_line
@@ -83,7 +84,7 @@ def _submitted(
 ) -> GenerationStream | VPTQError:
     try:
         values = _object(line.text) if is_json else {"prompt": line.text}
-        line.id = values.pop("id", None)
+        line.id = _taken_id(values)
         asked: Any = options | {"seed": ((options["seed"] or 0) + line.index) % SEEDS}
         if any(name in FORMS for name in values):  # a line's form stands for the command's
             asked = {name: value for name, value in asked.items() if name not in FORMS}
@@ -104,6 +105,16 @@ def _object(text: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise OptionError(f"found {text[:40]!r}, expected a JSON object")
     return values
+
+
+def _taken_id(values: dict[str, Any]) -> object:
+    """The line's `id`, which the result repeats."""
+    found = values.pop("id", None)
+    try:
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:  # NaN, half a character
+        raise OptionError(f"id: found {shown(found)}, expected what JSON can hold: {error}") from None
+    return found
 
 
 def _taken_prompt(runtime: Runtime, values: dict[str, Any]) -> Any:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import reprlib
+import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import accumulate, pairwise
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 1 << 18  # of a schema, regular expression or grammar
 WHITESPACE = r"[ \n\r\t]{1,40}"  # at most, between two tokens of JSON: a model could go on for ever
 MASK_THREADS = 4
+SLOW_SECONDS = 0.002
 
 
 class Constraints(Forked):
@@ -131,6 +133,7 @@ class Constraint:
         self.constraints = constraints
         self.matcher = matcher
         self._option = option
+        self._quiet_until = 0.0  # the clock's seconds until which nothing is forced
 
     @property
     def ended(self) -> bool:
@@ -156,7 +159,14 @@ class Constraint:
 
     def forced(self, n: int) -> list[int]:
         """Up to n tokens that come next whatever the model says: good drafts. Not always all that do."""
-        return self._before_end(self.matcher.deep_copy().compute_ff_tokens()[:n])
+        begin = time.perf_counter()
+        if begin < self._quiet_until:
+            return []
+        tokens = self.matcher.deep_copy().compute_ff_tokens()
+        end = time.perf_counter()
+        if end - begin > SLOW_SECONDS:  # of an ambiguous grammar, say: others wait for it meanwhile
+            self._quiet_until = end + 100 * (end - begin)
+        return self._before_end(tokens[:n])
 
     def _before_end(self, tokens: Sequence[int]) -> list[int]:
         ends, n_vocab = self.constraints.end_tokens, self.constraints.n_vocab
@@ -266,7 +276,10 @@ def _for_library(option: str, source: object) -> str:
 
 def _shown(source: object) -> str:
     """A value as messages quote it; one that is nested, not to its ends."""
-    return shown(source) if isinstance(source, str) else reprlib.repr(source)[:80]
+    try:
+        return shown(source) if isinstance(source, str) else reprlib.repr(source)[:80]
+    except ValueError:  # of a number of thousands of digits
+        return shown(source)
 
 
 def _text(option: str, source: object) -> str:
@@ -277,5 +290,5 @@ def _text(option: str, source: object) -> str:
         raise OptionError(f"{option}: found {_shown(source)}, expected {expected}")
     try:
         return json.dumps(source if isinstance(source, bool) else dict(source))
-    except (TypeError, ValueError, RecursionError) as error:
+    except Exception as error:  # what a Mapping of the caller's raises, too
         raise OptionError(f"{option}: found {_shown(source)}, expected what JSON can hold: {error}") from None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import math
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -84,9 +87,11 @@ class Engine(Forked):
         self._open: dict[Request, None] = {}  # those that have not ended
         self._open_tokens = 0  # of their prompts
         self._n_active = 0  # of them, those that have a place
+        self._n_resting = 0  # of those, that wait for their reader and take nobody's place
         self._active_tokens = 0
         self._mean_held: float | None = None  # seconds that a request has its place
         self._thread: threading.Thread | None = None
+        self._ended = threading.Event()  # the thread
         self._inbox: Inbox = SimpleQueue()
         self._forks: dict[int, threading.Event] = {}  # of threads that fork: the end of it
         self._inherited = False  # whether the scheduler is as the parent left it
@@ -131,6 +136,11 @@ class Engine(Forked):
                 **asdict(self._counters),
             )
 
+    @property
+    def in_thread(self) -> bool:
+        """Whether this is the engine's own thread, which must not wait for itself."""
+        return threading.current_thread() is self._thread
+
     def check_open(self) -> None:
         """Raises what `submit` would raise of a closed engine, or one whose device has failed."""
         with self._room:
@@ -152,6 +162,7 @@ class Engine(Forked):
         if thread is not None:
             self._inbox.put(None)
             if thread is not threading.current_thread():
+                _wait_for(self._ended)
                 thread.join()
         self._scheduler = None  # and the context with it
 
@@ -165,7 +176,7 @@ class Engine(Forked):
         """Why a prompt of so many tokens cannot wait, too."""
         n_waiting = len(self._open) - self._n_active
         waiting_tokens = self._open_tokens - self._active_tokens
-        places = max(0, self._parallel - self._n_active)
+        places = max(0, self._parallel - self._n_active + self._n_resting)
         if n_waiting >= self._queue + places:
             found = f"queue: found {n_waiting} requests waiting, expected at most {self._queue}"
             found += f" beside {places} free places" if places else ""
@@ -187,10 +198,13 @@ class Engine(Forked):
             self._inherited = False
             self._scheduler.cancel_all()
             self._scheduler.take_changed()  # they have ended here
-        thread = threading.Thread(target=self._work, name="vptq-engine", daemon=True)
+        self._ended = threading.Event()
+        thread = threading.Thread(target=self._work, args=[self._ended], name="vptq-engine", daemon=True)
+        _at_work[self._ended] = self._inbox
         try:
             thread.start()
         except RuntimeError as error:
+            del _at_work[self._ended]
             raise OutOfMemoryError(f"the engine's thread: cannot be started: {error}") from None
         self._thread = thread
 
@@ -223,15 +237,16 @@ class Engine(Forked):
         self._forks = {}
         self._inherited = self._inherited or self._thread is not None
         self._thread = None
+        _at_work.clear()
         for request in self._open:
             request.mailbox = Mailbox()
             request.mailbox.end()
         self._open = {}
-        self._open_tokens = self._n_active = self._active_tokens = 0
+        self._open_tokens = self._n_active = self._n_resting = self._active_tokens = 0
 
     # In the thread
 
-    def _work(self) -> None:
+    def _work(self, ended: threading.Event) -> None:
         scheduler, inbox = self._scheduler, self._inbox
         assert scheduler is not None
         error: BaseException | None = None
@@ -249,11 +264,19 @@ class Engine(Forked):
             scheduler.give_up(error)
             self._deliver(scheduler)
         finally:
-            left = list(self._open)  # those that the scheduler has not seen, or has lost in its failure
-            for request in left:
-                if not request.ended:
-                    request.error, request.ended = error, True
-            self._tell(left, [])
+            try:
+                self._end_left(error)
+            finally:
+                _at_work.pop(ended, None)
+                ended.set()
+
+    def _end_left(self, error: BaseException) -> None:
+        """Ends the requests that the scheduler has not seen, or has lost in its failure."""
+        left = list(self._open)
+        for request in left:
+            if not request.ended:
+                request.error, request.ended = error, True
+        self._tell(left, [])
 
     def _take_commands(self, scheduler: Scheduler, inbox: Inbox, *, wait: bool) -> bool:
         """Does what callers ask for, if need be after waiting for it; False: they want the end."""
@@ -282,6 +305,7 @@ class Engine(Forked):
                 self._saw_end(request)
             going = [request for request in active if request in self._open]  # without those that leave soon
             self._n_active = len(going)
+            self._n_resting = sum(request.rests for request in going)
             self._active_tokens = sum(len(request.prompt) for request in going)
             self._room.notify_all()
         waiters = []
@@ -300,3 +324,32 @@ class Engine(Forked):
             held = request.left - request.admitted
             before = held if self._mean_held is None else self._mean_held
             self._mean_held = before + HELD_WEIGHT * (held - before)
+
+
+def _wait_for(ended: threading.Event) -> None:
+    """Waits, a step's time, and only then raises what interrupts that.
+
+    Not by `Thread.join`: in Python 3.11 a thread whose `join` was interrupted counts as ended.
+    """
+    interruption: BaseException | None = None
+    while not ended.is_set():
+        try:
+            ended.wait()
+        except BaseException as error:  # Ctrl-C, maybe several times
+            interruption = error
+    if interruption is not None:
+        raise interruption
+
+
+_at_work: dict[threading.Event, Inbox] = {}  # of threads that run: how they are to be ended
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread that comes back from the native library after Python's end would abort the process."""
+    with contextlib.suppress(BaseException):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python ends in any case
+    for ended, inbox in list(_at_work.items()):
+        inbox.put(None)
+        with contextlib.suppress(BaseException):
+            _wait_for(ended)

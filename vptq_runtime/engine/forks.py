@@ -4,6 +4,9 @@ they were.
 
 from __future__ import annotations
 
+# Only so that it is registered first: what is registered later runs earlier before a fork. Its hook takes a
+# lock that the engine's thread needs to come to a standstill.
+import concurrent.futures.thread  # noqa: F401
 import os
 import weakref
 

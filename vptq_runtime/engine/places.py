@@ -115,7 +115,7 @@ class Places:
     def _has_blocks(self, request: Request, path: Sequence[Block]) -> bool:
         """Whether there are blocks for the whole of a request that begins with `path` and a token more, and
         for what the others have still to feed and a token more for each."""
-        needed = self._blocks_for(len(request.ids) + 1) - len(path)
+        needed = self._blocks_for(min(len(request.ids) + 1, self._context.n_ctx)) - len(path)
         others = sum(
             1 if other.decodes else self.lacking(other, other.n_rest + 1)
             for other in self.active

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
+from vptq_runtime.checks import check_number
 from vptq_runtime.errors import OptionError, again
 
 if TYPE_CHECKING:
@@ -52,8 +53,14 @@ class GenerationStream:
     def __enter__(self) -> GenerationStream:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if (
+            kind is GeneratorExit
+        ):  # of a generator that is dropped, by the garbage collector maybe, in any thread
+            self._closed = True
+            self.cancel()
+        else:
+            self.close()
 
     async def __aenter__(self) -> GenerationStream:
         return self
@@ -92,7 +99,8 @@ class GenerationStream:
         """Ends it early, and waits until its place is free; what has not been read is dropped."""
         self._closed = True
         self.cancel()
-        self._request.mailbox.wait()
+        if not self._engine.in_thread:  # which the garbage collector may interrupt
+            self._request.mailbox.wait()
 
     async def aclose(self) -> None:
         """`close` for asyncio."""
@@ -106,6 +114,8 @@ class GenerationStream:
         timeout: most seconds to wait: TimeoutError then. Raises what ended the request, and whatever ends
         the waiting, as Ctrl-C does, ends the request.
         """
+        if timeout is not None:
+            check_number("timeout", timeout, 0)
         try:
             in_time = self._request.mailbox.wait(timeout)
         except BaseException:

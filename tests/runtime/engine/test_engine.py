@@ -441,5 +441,6 @@ def test_logits_in_pieces_rest_while_others_go_on(runtime: Runtime) -> None:
     assert np.array_equal(whole, runtime.logits(tokens)[10:])
     unread = runtime.logits_in_pieces(tokens)
     next(unread)
-    unread.close()
-    assert runtime.stats().n_running == 0
+    unread.close()  # it waits for nothing, but its place is free within a step
+    while runtime.stats().n_running:
+        time.sleep(0.01)
