@@ -152,9 +152,8 @@ class Request:
         told = list(logprobs[: len(new)])
         self.logprobs += told
         if self.constraint is not None:
-            self.constraint.accept(
-                tokens[:taken]
-            )  # an end token, too: where the grammar is stuck it is refused
+            # An end token, too: where the grammar is stuck it is refused.
+            self.constraint.accept(tokens[:taken])
             if self.constraint.ended and not self.finish_reason:
                 self.finish_reason = "stop"
                 text += self.text.flush() if self.text else ""

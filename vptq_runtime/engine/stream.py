@@ -20,7 +20,7 @@ class GenerationStream:
 
     It is computed whether it is read or not. A piece never splits a UTF-8 character. For asyncio: `async for
     piece in stream`, `await stream` for the Generation. Leaving a `with` or `async with` block, and dropping
-    the last reference, end it early.
+    the last reference, end it early; a `with` in a generator that is closed does not wait for that.
     """
 
     def __init__(self, engine: Engine, request: Request, generation: Callable[[Request], Generation]) -> None:
@@ -54,13 +54,12 @@ class GenerationStream:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if (
-            kind is GeneratorExit
-        ):  # of a generator that is dropped, by the garbage collector maybe, in any thread
-            self._closed = True
-            self.cancel()
-        else:
+        if kind is not GeneratorExit:
             self.close()
+            return
+        # A generator is dropped, by the garbage collector maybe, in any thread: that must not wait.
+        self._closed = True
+        self.cancel()
 
     async def __aenter__(self) -> GenerationStream:
         return self
