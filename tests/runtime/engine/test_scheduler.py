@@ -7,46 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_context import FakeClock, FakeContext, FakeSampler, alone, logits_alone, pass_seconds
+from fake_context import FakeContext, FakeSampler, alone, logits_alone, pass_seconds
+from scheduling import add, make, nothing_left, request, run
 
 from vptq_runtime.engine.drafters.draft_model import DraftModel
 from vptq_runtime.engine.drafters.ngram import NgramDrafter
 from vptq_runtime.engine.places import MOST_PASSED_OVER
 from vptq_runtime.engine.request import LogitsRequest, Request
-from vptq_runtime.engine.scheduler import MOST_TRIED, Scheduler
 from vptq_runtime.engine.speculation import Drafts
 from vptq_runtime.errors import DeviceError, FileError, OptionError, OutOfMemoryError
-
-
-def make(parallel: int = 4, cache: Any = "shared", **options: Any) -> tuple[Scheduler, FakeContext]:
-    context = FakeContext(clock=FakeClock(), **options)
-    return Scheduler(context, context.clock, parallel=parallel, cache=cache), context
-
-
-def request(prompt: list[int], max_tokens: int = 8, seed: int = 0, **options: Any) -> Request:
-    return Request(prompt, FakeSampler(seed), max_tokens, **options)
-
-
-def add(scheduler: Scheduler, *requests: Request) -> None:
-    for each in requests:
-        each.number = add.number = getattr(add, "number", 0) + 1  # type: ignore[attr-defined]
-        scheduler.add(each)
-
-
-def run(scheduler: Scheduler, most: int = 10_000) -> None:
-    for _ in range(most):
-        if not scheduler.round():
-            return
-    raise AssertionError("it does not come to an end")
-
-
-def nothing_left(scheduler: Scheduler, context: FakeContext) -> None:
-    """No request has anything any more, and the cache holds each of its blocks once."""
-    assert not scheduler.active and not scheduler.waiting and not context.sequences
-    assert len(context.users) == scheduler.cache.n_unused
-    scheduler.cache.evict(scheduler.cache.n_unused)
-    assert not context.users and not context.contents
-
 
 PROMPTS = [[1, 2, 3], [4], [*range(5, 30)], [1, 2, 3, 4, 5], [9] * 17]
 
@@ -418,84 +387,6 @@ def test_a_draft_model_changes_nothing(small: str) -> None:
     if small == "another":
         assert 0 < scheduler.counters.accepted < scheduler.counters.drafted
     assert not drafting.sequences and not drafting.users
-    nothing_left(scheduler, context)
-
-
-def test_one_that_lacks_blocks_holds_up_no_prompt_that_has_a_place() -> None:
-    scheduler, context = make(2, n_blocks=12, n_batch=4, n_ctx=48)
-    large = request([1] * 40, 1)
-    shorts = [request([2 + i, 3], 1) for i in range(MOST_PASSED_OVER)]
-    middle = request([5] * 28, 1)
-    add(scheduler, large, *shorts, middle)
-    run(scheduler)
-    assert all(each.finish_reason == "length" for each in (large, *shorts, middle))
-    nothing_left(scheduler, context)
-
-
-def test_a_preempted_request_that_the_cache_has_wholly_goes_on_by_itself() -> None:
-    """Nobody else is at work: the round in which it gets its place again computes nothing."""
-    for ids in range(20, 36):
-        scheduler, context = make(2, n_blocks=15)
-        first, second = request([1], 40), request([2], 40)
-        add(scheduler, first, second)
-        while len(second.ids) < ids and not first.ended:
-            scheduler.round()
-        scheduler.cancel(first)
-        run(scheduler)
-        assert second.tokens == alone(context, [2], 40)
-        nothing_left(scheduler, context)
-
-
-def test_many_short_prompts_do_not_hide_a_long_one() -> None:
-    """More than are tried for a pass wait all the time."""
-    scheduler, _ = make(1, n_batch=8)
-    long = request([1] * 20, 1)
-    add(scheduler, long)
-    n_rounds = 0
-    while not long.ended:
-        add(
-            scheduler,
-            *(request([n_rounds % 7 + 2], 1) for _ in range(MOST_TRIED + 6 - len(scheduler.waiting))),
-        )
-        scheduler.round()
-        n_rounds += 1
-        assert n_rounds < 100
-
-
-def test_cancelled_prompts_do_not_hold_up_the_others_of_their_pass() -> None:
-    scheduler, context = make(4, n_ctx=300, n_blocks=200, n_batch=64, n_layer=16)
-    stream, long = request([1], 250), request([2] * 200, 1)
-    add(scheduler, stream)
-    while len(stream.tokens) < 5:
-        scheduler.round()
-    add(scheduler, long)
-    n_rounds = 0
-    while not long.ended:
-        short = request([3, n_rounds % 7], 1)
-        add(scheduler, short)
-        for _ in range(3):
-            scheduler.round()
-        scheduler.cancel(short)
-        n_rounds += 3
-        assert n_rounds < 200
-    assert long.tokens == alone(context, [2] * 200, 1)
-    scheduler.cancel_all()
-    nothing_left(scheduler, context)
-
-
-def test_cancelled_in_a_pass_all_of_them() -> None:
-    scheduler, context = make(4, n_ctx=300, n_blocks=200, n_batch=64, n_layer=16)
-    stream = request([1], 250)
-    add(scheduler, stream)
-    while len(stream.tokens) < 5:
-        scheduler.round()
-    others = [request([2 + i] * 20, 1) for i in range(3)]
-    add(scheduler, *others)
-    scheduler.round()
-    for each in others:
-        scheduler.cancel(each)
-    assert scheduler.active == [stream]
-    scheduler.cancel_all()
     nothing_left(scheduler, context)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from vptq_runtime import Runtime, demo_path
+from vptq_runtime.engine.engine import _wait_for
 
 
 def test_a_dropped_generator_waits_for_nothing(runtime: Runtime) -> None:
@@ -32,7 +34,7 @@ def test_a_dropped_generator_waits_for_nothing(runtime: Runtime) -> None:
         closed_in.append(threading.current_thread())
 
     runtime._engine._inbox.put(in_the_thread)
-    assert runtime.generate("def", max_tokens=5).tokens
+    assert runtime.submit("def", max_tokens=5).result(timeout=30).tokens
     assert [thread.name for thread in closed_in] == ["vptq-engine"]
 
 
@@ -75,6 +77,25 @@ def test_forks_beside_forms() -> None:
     pytest.importorskip("llguidance")
     done = subprocess.run([sys.executable, "-c", FORKS], stdout=subprocess.PIPE, text=True, timeout=60)
     assert done.stdout == "done\n"
+
+
+def test_an_interrupted_wait_for_the_thread_goes_on() -> None:
+    ended = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        if not ended.is_set():
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+    threading.Timer(0.3, ended.set).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _wait_for(ended)
+        assert ended.is_set()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 CTRL_C = """
