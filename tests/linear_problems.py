@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from vptq_quantizer.layer_quantizer import Problem
+from vptq_quantizer.layers.layer_quantizer import Problem
 
 
 def hessian(in_features: int, seed: int = 0) -> Tensor:

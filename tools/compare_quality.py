@@ -39,7 +39,7 @@ from quality_models import (
     measured_here,
     measured_vptq,
 )
-from vptq_quantizer.safe_files import write_json
+from vptq_quantizer.run.safe_files import write_json
 
 from vptq_runtime.bench.report import print_table
 from vptq_runtime.checks import check_int

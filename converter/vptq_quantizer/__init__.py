@@ -10,7 +10,7 @@ from vptq_quantizer.options import QuantizeOptions
 from vptq_runtime.errors import OptionError
 
 if TYPE_CHECKING:
-    from vptq_quantizer.model_quantizer import quantize
+    from vptq_quantizer.run.model_quantizer import quantize
 
 __all__ = ["QuantizeOptions", "quantize"]
 
@@ -20,7 +20,7 @@ def __getattr__(name: str) -> Any:
     if name != "quantize":
         raise AttributeError(f"module 'vptq_quantizer' has no attribute {name!r}")
     try:
-        from vptq_quantizer.model_quantizer import quantize
+        from vptq_quantizer.run.model_quantizer import quantize
     except ImportError as error:
         missing = error.name or error
         raise OptionError(

@@ -12,7 +12,7 @@ from rich.console import Console
 from vptq_converter.checkpoint import Checkpoint, is_hub_id
 
 from vptq_quantizer.options import OPTION_NAMES, QuantizeOptions
-from vptq_quantizer.report import check_plot, plot, table
+from vptq_quantizer.run.report import check_plot, plot, table
 from vptq_runtime.commands import command
 from vptq_runtime.commands.progress import print_line
 from vptq_runtime.errors import FileError

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
-from vptq_quantizer import kmeans
-from vptq_quantizer.codebook import Codebook, train
-from vptq_quantizer.kmeans import k_means
-from vptq_quantizer.nearest import MANY_CENTROIDS, CentroidIndex, nearest
+from vptq_quantizer.layers import kmeans
+from vptq_quantizer.layers.codebook import Codebook, train
+from vptq_quantizer.layers.kmeans import k_means
+from vptq_quantizer.layers.nearest import MANY_CENTROIDS, CentroidIndex, nearest
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from checkpoints import read_tensors
 from dense_models import SMALL
 from torch import Tensor, nn
-from vptq_quantizer import end_to_end, quantize
-from vptq_quantizer.calibration import Calibration
+from vptq_quantizer import quantize
+from vptq_quantizer.calibration.text import Calibration
+from vptq_quantizer.training import end_to_end
 
 
 @pytest.mark.parametrize("length", [2, 3, 30, 47, 960, 1000, 5000])

@@ -12,9 +12,9 @@ from dense_models import SEQ_LEN
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from vptq_converter.checkpoint import Checkpoint
-from vptq_quantizer.calibration import read_calibration
+from vptq_quantizer.calibration.hessians import HESSIAN_OF, collect, model_key
+from vptq_quantizer.calibration.text import read_calibration
 from vptq_quantizer.dense_model import DenseModel, linears
-from vptq_quantizer.hessians import HESSIAN_OF, collect, model_key
 
 from vptq_runtime import FileError, OptionError
 

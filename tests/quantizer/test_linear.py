@@ -10,9 +10,9 @@ from linear_problems import hessian, problem
 from torch import Tensor
 from vptq_converter.layer import VPTQLinear
 from vptq_quantizer import QuantizeOptions
-from vptq_quantizer.finetune import finetune_linear
-from vptq_quantizer.layer_quantizer import Problem, quantize_linear
-from vptq_quantizer.quantized_linear import QuantizedLinear
+from vptq_quantizer.layers.finetune import finetune_linear
+from vptq_quantizer.layers.layer_quantizer import Problem, quantize_linear
+from vptq_quantizer.layers.quantized_linear import QuantizedLinear
 
 from vptq_runtime import FileError, OptionError
 

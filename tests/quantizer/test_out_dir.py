@@ -17,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from vptq_converter.checkpoint import Checkpoint
-from vptq_quantizer import checkpoint_writer, model_quantizer, quantize, safe_files
-from vptq_quantizer.checkpoint_writer import stored
+from vptq_quantizer import quantize
+from vptq_quantizer.run import checkpoint_writer, model_quantizer, safe_files
+from vptq_quantizer.run.checkpoint_writer import stored
 
 from vptq_runtime import FileError, OptionError
 from vptq_runtime.errors import OutOfMemoryError

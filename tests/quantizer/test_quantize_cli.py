@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from dense_models import SEQ_LEN
-from vptq_quantizer import cli, model_quantizer
-from vptq_quantizer.report import plot
+from vptq_quantizer import cli
+from vptq_quantizer.run import model_quantizer
+from vptq_quantizer.run.report import plot
 
 from vptq_runtime.commands import progress
 

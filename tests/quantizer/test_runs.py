@@ -19,7 +19,8 @@ import pytest
 import torch
 from checkpoints import read_tensors
 from dense_models import SMALL, write_text
-from vptq_quantizer import checkpoint_writer, model_quantizer, quantize, safe_files
+from vptq_quantizer import quantize
+from vptq_quantizer.run import checkpoint_writer, model_quantizer, safe_files
 
 from vptq_runtime import FileError, OptionError
 
@@ -85,7 +86,8 @@ def test_a_killed_run_goes_on(model: Path, text: Path, whole: Path, tmp_path: Pa
     program = textwrap.dedent(
         f"""
         import time
-        from vptq_quantizer import QuantizeOptions, model_quantizer, quantize
+        from vptq_quantizer import QuantizeOptions, quantize
+        from vptq_quantizer.run import model_quantizer
         real = model_quantizer.quantize_linear
         calls = 0
         def stopping(*arguments):

@@ -3,7 +3,7 @@
 import torch
 from linear_problems import hessian
 from torch import Tensor
-from vptq_quantizer.second_order import column_pass, coordinate_feedback, sweep_feedback
+from vptq_quantizer.layers.second_order import column_pass, coordinate_feedback, sweep_feedback
 
 STEP = 0.5  # of the grid that stands for a codebook here
 

@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from vptq_quantizer.kmeans import k_means, sample, weighted_means
-from vptq_quantizer.nearest import CentroidIndex, nearest
+from vptq_quantizer.layers.kmeans import k_means, sample, weighted_means
+from vptq_quantizer.layers.nearest import CentroidIndex, nearest
 
 # With a residual, so many of a vector's nearest centroids are tried, each with its best residual centroid.
 CANDIDATES = 8

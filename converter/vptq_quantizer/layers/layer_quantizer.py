@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from vptq_converter.layer import LayerConfig
 
-from vptq_quantizer.codebook import Codebook, train
+from vptq_quantizer.layers.codebook import Codebook, train
+from vptq_quantizer.layers.quantized_linear import QuantizedLinear, Segment
+from vptq_quantizer.layers.second_order import column_pass, sweep_feedback
 from vptq_quantizer.options import QuantizeOptions
-from vptq_quantizer.quantized_linear import QuantizedLinear, Segment
-from vptq_quantizer.second_order import column_pass, sweep_feedback
 from vptq_runtime.errors import FileError
 
 LEAST_SCALE = 1e-4  # of a column whose weights are all alike; float16 holds it

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from vptq_converter.checkpoint import Checkpoint
 from vptq_converter.layer import LayerConfig
 
-from vptq_quantizer.calibration import Calibration, check_context, read_calibration
-from vptq_quantizer.checkpoint_writer import CheckpointWriter, Part, copied_files, stored
+from vptq_quantizer.calibration.hessians import HESSIAN_OF, HessianStore, collect, model_key
+from vptq_quantizer.calibration.text import Calibration, check_context, read_calibration
 from vptq_quantizer.dense_model import DenseModel, linears
-from vptq_quantizer.end_to_end import tune
-from vptq_quantizer.finetune import finetune_linear
-from vptq_quantizer.hessians import HESSIAN_OF, HessianStore, collect, model_key
-from vptq_quantizer.layer_quantizer import Problem, quantize_linear
+from vptq_quantizer.layers.finetune import finetune_linear
+from vptq_quantizer.layers.layer_quantizer import Problem, quantize_linear
+from vptq_quantizer.layers.quantized_linear import QuantizedLinear, config_entry
 from vptq_quantizer.options import QuantizeOptions, option_error
-from vptq_quantizer.quantized_linear import QuantizedLinear, config_entry
-from vptq_quantizer.report import run_report
+from vptq_quantizer.run.checkpoint_writer import CheckpointWriter, Part, copied_files, stored
+from vptq_quantizer.run.report import run_report
+from vptq_quantizer.training.end_to_end import tune
 from vptq_runtime.commands.progress import RunProgress
 from vptq_runtime.errors import OptionError, OutOfMemoryError, UnsupportedError
 from vptq_runtime.evaluate.dense_model import is_out_of_memory

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from vptq_converter.layer import LayerConfig, index_bits, pack, unpack
 
-from vptq_quantizer.codebook import Codebook
+from vptq_quantizer.layers.codebook import Codebook
 
 NORM_TENSORS = ("weight_scale", "weight_bias")
 

@@ -8,7 +8,7 @@ import faiss
 import torch
 from torch import Tensor
 
-from vptq_quantizer.nearest import MANY_CENTROIDS, inverted_file, nearest
+from vptq_quantizer.layers.nearest import MANY_CENTROIDS, inverted_file, nearest
 
 ITERATIONS = 25
 # At most so many vectors train a codebook, drawn at random: more cost time and move the centroids little.

@@ -19,7 +19,7 @@ from vptq_converter.checkpoint import Tensor as StoredTensor
 from vptq_converter.config import Section
 
 from vptq_quantizer.dense_model import DenseModel
-from vptq_quantizer.safe_files import (
+from vptq_quantizer.run.safe_files import (
     REMEDY,
     copy,
     link,

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from vptq_converter.layer import LayerConfig
 
-from vptq_quantizer.calibration import Calibration
-from vptq_quantizer.checkpoint_writer import Part
+from vptq_quantizer.calibration.text import Calibration
 from vptq_quantizer.dense_model import DenseModel
+from vptq_quantizer.layers.quantized_linear import QuantizedLinear
 from vptq_quantizer.options import QuantizeOptions
-from vptq_quantizer.quantized_linear import QuantizedLinear
+from vptq_quantizer.run.checkpoint_writer import Part
 from vptq_runtime.commands.progress import RunProgress
 
 BATCH_TOKENS = 4096  # of one step

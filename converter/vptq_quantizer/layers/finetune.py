@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vptq_quantizer.layer_quantizer import LEAST_SCALE, Problem
-from vptq_quantizer.quantized_linear import QuantizedLinear
-from vptq_quantizer.second_order import column_pass, coordinate_feedback
+from vptq_quantizer.layers.layer_quantizer import LEAST_SCALE, Problem
+from vptq_quantizer.layers.quantized_linear import QuantizedLinear
+from vptq_quantizer.layers.second_order import column_pass, coordinate_feedback
 
 ROUNDS = 3
 FIT_STEPS = 40  # of L-BFGS, each about one product of a weight and the Hessian

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vptq_converter.checkpoint import Checkpoint
 
 from vptq_quantizer.dense_model import DenseModel, linears
-from vptq_quantizer.safe_files import REMEDY, opened, write_tensors
+from vptq_quantizer.run.safe_files import REMEDY, opened, write_tensors
 from vptq_runtime.errors import FileError, OptionError
 
 # Linear layers that read the same input share a Hessian, which has the first one's name.

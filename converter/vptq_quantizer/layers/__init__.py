@@ -1,0 +1,1 @@
+"""One linear layer: codebooks, the choice of indices, fine-tuning."""

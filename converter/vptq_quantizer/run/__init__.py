@@ -1,0 +1,1 @@
+"""A run from a dense model to a checkpoint: its parts, its files, its report."""
