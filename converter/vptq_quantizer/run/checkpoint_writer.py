@@ -63,6 +63,7 @@ class CheckpointWriter:
         self.run = dict(run)
         self.parts = out_dir / ".parts"
         self._run_file, self._lock_file = self.parts / "run.json", self.parts / "lock"
+        self._training_file = self.parts / "training.safetensors"
         try:
             if not self._run_file.exists():
                 self._expect_new()
@@ -127,6 +128,14 @@ class CheckpointWriter:
     def _parts(self) -> list[Path]:
         return [path for kind in ("layer", "tuned") for path in self.parts.glob(f"{kind}-*.safetensors")]
 
+    def write_training(self, part: Part) -> None:
+        """The state of an end-to-end training, in the place of the one before; raises as `write` does."""
+        self._write(self._training_file, part)
+
+    def read_training(self) -> Part | None:
+        """That state, None where there is none; raises as `read` does."""
+        return self._read(self._training_file, True) if self._training_file.exists() else None
+
     def path(self, n: int, tuned: bool) -> Path:
         return self.parts / f"{'tuned' if tuned else 'layer'}-{n:05}.safetensors"
 
@@ -140,7 +149,9 @@ class CheckpointWriter:
 
     def write(self, n: int, part: Part, tuned: bool = False) -> None:
         """Raises FileError when it cannot be written; all others are untouched."""
-        path = self.path(n, tuned)
+        self._write(self.path(n, tuned), part)
+
+    def _write(self, path: Path, part: Part) -> None:
         report = json.dumps(part.report)
         kinds = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in part.tensors.items()}
         write_tensors(path, part.tensors, {"report": report, "key": self._key(path, report, kinds)})
@@ -148,7 +159,9 @@ class CheckpointWriter:
     def read(self, n: int, tuned: bool = False, with_tensors: bool = True) -> Part:
         """Raises FileError for a damaged file and for one of another run or layer; without tensors, only the
         report is read."""
-        path = self.path(n, tuned)
+        return self._read(self.path(n, tuned), with_tensors)
+
+    def _read(self, path: Path, with_tensors: bool) -> Part:
         with opened(path) as file:
             metadata = file.metadata() or {}
             report = metadata.get("report", "")
@@ -210,7 +223,7 @@ class CheckpointWriter:
     def _tidy(self) -> None:
         """Takes away what was the run's own; what it is a run of goes first: with it, all parts are there."""
         with contextlib.suppress(OSError):  # the checkpoint is there, with or without this
-            for path in (self._run_file, *self._parts(), self._lock_file):
+            for path in (self._run_file, *self._parts(), self._training_file, self._lock_file):
                 path.unlink(missing_ok=True)
             self.parts.rmdir()
 

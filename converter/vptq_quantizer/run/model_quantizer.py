@@ -238,7 +238,9 @@ class _Run:
             return writer.read(self.dense.n_layers, tuned=True, with_tensors=False).report
         parts = {n: writer.read(n) for n in range(self.dense.n_layers)}
         with RunProgress(self.options.end_to_end, 0, self.tell) as progress:
-            tuned, report = tune(self.dense, self.configs, parts, self.options, self.dtype, text, progress)
+            tuned, report = tune(
+                self.dense, self.configs, parts, self.options, self.dtype, text, writer, progress
+            )
         for n, tensors in tuned.items():
             writer.write(n, Part(tensors, report), tuned=True)
         return report

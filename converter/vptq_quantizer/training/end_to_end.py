@@ -1,49 +1,45 @@
-"""End-to-end fine-tuning: centroids and norms of the whole model, trained to give the dense model's logits.
+"""End-to-end training: codebooks, norms and indices of the whole model, towards the dense model's logits.
 
 The loss is the KL divergence of the quantised model's next-token distribution from the dense one's, on
-windows drawn from the first 95 % of the calibration text; what came of it is measured on the rest. Indices
-stay as they are. Both models are in memory, in float32.
+windows drawn from the first 95 % of the calibration text; what came of it is measured on the rest.
 """
 
 from __future__ import annotations
 
-import copy
+import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from vptq_converter.layer import LayerConfig
 
 from vptq_quantizer.calibration.text import Calibration
 from vptq_quantizer.dense_model import DenseModel
-from vptq_quantizer.layers.quantized_linear import QuantizedLinear
 from vptq_quantizer.options import QuantizeOptions
 from vptq_quantizer.run.checkpoint_writer import Part
+from vptq_quantizer.training.divergence import divergence, divergence_gradient
+from vptq_quantizer.training.index_updates import Offsets, update_indices
+from vptq_quantizer.training.precision import HeldLinear, compute_dtype, computing_in
+from vptq_quantizer.training.student import Student
 from vptq_runtime.commands.progress import RunProgress
 
-BATCH_TOKENS = 4096  # of one step
+BATCH_TOKENS = 2048  # of one step
+MICRO_TOKENS = 1024  # of these go through the model at a time: bounds the memory of activations
+MEASURED_TOKENS = 8192  # the loss is reported on at most so many that are not trained on
+SAVE_S = 45.0  # of work between two states on disk, at least
 LEARNING_RATE = 3e-3  # times a parameter's root mean square: how far Adam moves it in a step
-WARM_UP = 0.05  # share of the steps in which the rate rises; then it falls linearly to zero
-MEASURED_BATCHES = 4  # the loss is reported on at most so many that are not trained on
+OFFSET_RATE = 1e-2  # of the offsets that choose indices, in units of a matrix's root mean square
+INDEX_STEPS = 2  # from one choice of indices to the next
+WARM_UP = 0.05  # share of the steps in which the rates rise; then they fall linearly to zero
 
 
-class _VPTQLinear(nn.Module):
-    """A quantised linear layer with its centroids and norms as parameters."""
+class States(Protocol):
+    """Where a training's state is kept, so that one that was stopped goes on (CheckpointWriter)."""
 
-    def __init__(self, layer: QuantizedLinear, bias: Tensor | None) -> None:
-        super().__init__()
-        self.layer = layer
-        self.names = list(layer.parameters_by_name())
-        self.values = nn.ParameterList(nn.Parameter(value) for value in layer.parameters_by_name().values())
-        self.bias = bias
+    def read_training(self) -> Part | None: ...
 
-    def quantized(self) -> QuantizedLinear:
-        return self.layer.with_parameters(dict(zip(self.names, self.values, strict=True)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.quantized().weight(), self.bias)
+    def write_training(self, part: Part) -> None: ...
 
 
 def tune(
@@ -53,97 +49,163 @@ def tune(
     options: QuantizeOptions,
     dtype: torch.dtype,
     text: Calibration,
+    states: States,
     progress: RunProgress,
 ) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:
-    """Trains for options.end_to_end steps, from the parts (by decoder layer) on.
+    """Trains for options.end_to_end steps, from the parts (by decoder layer) or from the state on disk on.
 
     Returns the tensors of each decoder layer by full name, and under the key n_layers the final norm; and
     what to report: "kl_divergence", before and after, in the numbers that are stored, on text that was not
-    trained on; and "kept": where the training did not lower it, everything is as it was before.
+    trained on; "changed_indices", how often a vector took another centroid; and "kept": where the training
+    did not lower the divergence, everything is as it was before.
     """
     progress.show("end to end")
-    teacher = dense.whole()
-    # Norms are copied, as they are trained; all else is the teacher's own, or soon replaced.
-    shared = {id(p): p for name, p in teacher.named_parameters() if not name.endswith("norm.weight")}
-    student = copy.deepcopy(teacher, shared)
-    linears = _put_in(student, configs, parts, dense.device)
-    norms = {name: p for name, p in student.named_parameters() if name.endswith("norm.weight")}
-    for norm in norms.values():
-        norm.requires_grad_(True)
-        norm.data = norm.data.to(dtype).float()
+    training = _Training(dense, configs, parts, options, dtype, text)
+    state = states.read_training()
+    if state is None:
+        training.before = training.measure()
+    else:
+        training.load(state)
+        progress.advance(f"end to end: {training.step} steps were there", training.step)
+    saved_at = time.monotonic()
+    while training.step < options.end_to_end:
+        value = training.advance()
+        progress.advance(f"end to end: step {training.step}, KL divergence {value:.4f}", 1)
+        if time.monotonic() - saved_at >= SAVE_S and training.step < options.end_to_end:
+            progress.show("end to end: saving")
+            states.write_training(training.state())
+            saved_at = time.monotonic()
+    return training.result(parts)
 
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p], "lr": LEARNING_RATE * p.detach().square().mean().sqrt().item()} for p in trained
-    ]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    n_steps = options.end_to_end
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / (WARM_UP * n_steps + 1), 1 - step / n_steps)
-    )
-    n_windows = max(1, BATCH_TOKENS // text.windows.shape[1])
 
-    held_out = torch.split(torch.from_numpy(text.held_out(MEASURED_BATCHES * n_windows)), n_windows)
+class _Training:
+    """Both models, and all that changes from step to step."""
+
+    def __init__(
+        self,
+        dense: DenseModel,
+        configs: Mapping[str, LayerConfig],
+        parts: Mapping[int, Part],
+        options: QuantizeOptions,
+        dtype: torch.dtype,
+        text: Calibration,
+    ) -> None:
+        self.dense, self.options, self.dtype, self.text = dense, options, dtype, text
+        self.compute = compute_dtype(dense.device)
+        self.teacher = dense.whole()
+        self.student = Student(self.teacher, configs, parts, dtype)
+        for module in self.student.linears:
+            parent, _, last = module.rpartition(".")
+            linear = self.teacher.get_submodule(module)
+            assert isinstance(linear, nn.Linear)
+            setattr(self.teacher.get_submodule(parent), last, HeldLinear(linear, dtype))
+        self.output: Tensor = self.teacher.get_output_embeddings().weight.to(self.compute)  # type: ignore[operator]
+        self.offsets = {name: Offsets.none(layer) for name, layer in self.student.layers.items()}
+        groups = [
+            {"params": [p], "rate": LEARNING_RATE * p.detach().square().mean().sqrt().item()}
+            for p in self.student.parameters.values()
+        ]
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        self.step, self.before, self.changed = 0, 0.0, 0
+
+    def advance(self) -> float:
+        """One step; returns the mean divergence of its tokens, before it."""
+        n_steps = self.options.end_to_end
+        schedule = min((self.step + 1) / (WARM_UP * n_steps + 1), 1 - self.step / n_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = schedule * group["rate"]
+        self.student.decode(self.compute)
+        n_windows = max(1, BATCH_TOKENS // self.text.windows.shape[1])
+        tokens = torch.from_numpy(self.text.batch(self.step, n_windows, self.options.seed))
+        n_together = max(1, MICRO_TOKENS // tokens.shape[1])
+        total = sum(self._backward(part, tokens.numel()) for part in torch.split(tokens, n_together))
+        for module, gradient in self.student.gradients():
+            self.offsets[module].descend(gradient, self.step, schedule * OFFSET_RATE)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        if self.step % INDEX_STEPS == 0:
+            for module, layer in self.student.layers.items():
+                self.changed += update_indices(layer, self.offsets[module])
+        return total / tokens.numel()
+
+    def _backward(self, tokens: Tensor, n_step: int) -> float:
+        """Adds to all gradients those of tokens (n_windows, seq_len); returns their divergences' sum.
+
+        n_step: tokens of the whole step.
+        """
+        tokens = tokens.to(self.dense.device)
+        with computing_in(self.compute, self.dense.device):
+            with torch.no_grad():
+                expected = _hidden(self.teacher, tokens)
+            found = _hidden(self.student.model, tokens)
+        total, gradient = divergence_gradient((expected, self.output), (found.detach(), self.output))
+        found.backward(gradient / n_step)
+        return total.item()
 
     @torch.no_grad()
-    def measured() -> float:
-        total = sum(_divergence(teacher, student, batch).item() * len(batch) for batch in held_out)
-        return total / sum(map(len, held_out))
+    def measure(self) -> float:
+        """The divergence on text that is not trained on, computed in float32."""
+        self.student.decode(torch.float32)
+        output: Tensor = self.teacher.get_output_embeddings().weight  # type: ignore[operator]
+        windows = self.text.held_out(max(1, MEASURED_TOKENS // self.text.windows.shape[1]))
+        total = 0.0
+        for window in torch.from_numpy(windows).to(self.dense.device):
+            expected, found = (_hidden(model, window[None]) for model in (self.teacher, self.student.model))
+            total += divergence((expected, output), (found, output)).item()
+        return total / windows.size
 
-    start, before = [p.detach().clone() for p in trained], measured()
-    for step in range(n_steps):
-        tokens = torch.from_numpy(text.batch(step, n_windows, options.seed))
-        value = _divergence(teacher, student, tokens)
-        value.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        progress.advance(f"end to end: step {step + 1}, KL divergence {value.item():.4f}", 1)
-    with torch.no_grad():
-        for p in trained:
-            p.copy_(p.to(dtype))
-        after = measured()
-        kept = after < before and all(bool(p.isfinite().all()) for p in trained)
-        if not kept:
-            after = before
-            for p, value in zip(trained, start, strict=True):
-                p.copy_(value)
-        tuned = {n: dict(part.tensors) for n, part in parts.items()} | {dense.n_layers: {}}
-        for module, vptq in linears.items():
-            fields = vptq.quantized().tensors(dtype)
-            tuned[_layer(module, dense)] |= {f"{module}.{name}": t.detach() for name, t in fields.items()}
-        for name, norm in norms.items():
-            tuned[_layer(name, dense)][name] = norm.detach().to(dtype)
-        return tuned, {"steps": n_steps, "kl_divergence": [before, after], "kept": kept}
+    def state(self) -> Part:
+        """All that the steps to come depend on."""
+        tensors = self.student.tensors(torch.float32)
+        for name, p in self.student.parameters.items():
+            moments = self.optimizer.state[p]
+            tensors |= {f"adam.{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
+        for module, offsets in self.offsets.items():
+            tensors |= {f"offsets.{name}.{module}": t for name, t in offsets.tensors().items()}
+        report = {"step": self.step, "before": self.before, "changed": self.changed}
+        return Part(tensors, report)
+
+    def load(self, state: Part) -> None:
+        """Goes on from `state`, of a training with the same options."""
+        self.step, self.before = state.report["step"], state.report["before"]
+        self.changed = state.report["changed"]
+        self.student.load(state.tensors)
+        for name, p in self.student.parameters.items():
+            moments = {key: state.tensors[f"adam.{key}.{name}"].to(p) for key in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {"step": torch.tensor(float(self.step)), **moments}
+        for module, offsets in self.offsets.items():
+            for name, tensor in offsets.tensors().items():
+                tensor.copy_(state.tensors[f"offsets.{name}.{module}"])
+
+    @torch.no_grad()
+    def result(self, parts: Mapping[int, Part]) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:
+        """What `tune` returns, of the numbers that are stored."""
+        for p in self.student.parameters.values():
+            p.copy_(p.to(self.dtype))
+        after = self.measure()
+        finite = all(bool(p.isfinite().all()) for p in self.student.parameters.values())
+        kept = after < self.before and finite
+        tuned = {n: dict(part.tensors) for n, part in parts.items()} | {self.dense.n_layers: {}}
+        norm = "model.norm.weight"
+        tuned[self.dense.n_layers][norm] = self.teacher.get_parameter(norm).to(self.dtype)
+        if kept:
+            for name, tensor in self.student.tensors(self.dtype).items():
+                tuned[_layer(name, self.dense)][name] = tensor
+        return tuned, {
+            "steps": self.step,
+            "kl_divergence": [self.before, after if kept else self.before],
+            "changed_indices": self.changed if kept else 0,
+            "kept": kept,
+        }
 
 
-def _put_in(
-    student: nn.Module, configs: Mapping[str, LayerConfig], parts: Mapping[int, Part], device: torch.device
-) -> dict[str, _VPTQLinear]:
-    """Puts the quantised linear layers in the place of the dense ones; returns them by full name."""
-    linears: dict[str, _VPTQLinear] = {}
-    for n, part in parts.items():
-        for name, config in configs.items():
-            module = f"model.layers.{n}.{name}"
-            fields = {
-                key.removeprefix(f"{module}."): t for key, t in part.tensors.items() if key.startswith(module)
-            }
-            layer = QuantizedLinear.from_tensors(config, fields).to(device)
-            parent, _, last = module.rpartition(".")
-            linears[module] = _VPTQLinear(layer, student.get_submodule(module).bias)  # type: ignore[arg-type]
-            setattr(student.get_submodule(parent), last, linears[module])
-    return linears
-
-
-def _divergence(teacher: nn.Module, student: nn.Module, tokens: Tensor) -> Tensor:
-    """KL(teacher || student) of the token after each of tokens (n_windows, seq_len), in nats: the mean."""
-    tokens = tokens.to(next(teacher.parameters()).device)
-    with torch.no_grad():
-        expected = teacher(input_ids=tokens, use_cache=False).logits.log_softmax(-1)
-    logits = student(input_ids=tokens, use_cache=False).logits.log_softmax(-1)
-    return functional.kl_div(logits, expected, log_target=True, reduction="sum") / tokens.numel()
+def _hidden(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The last hidden states (n_tokens, n_embd) of tokens (n_windows, seq_len), after the final norm."""
+    hidden: Tensor = model.model(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[operator]
+    return hidden.flatten(0, 1).float()
 
 
 def _layer(name: str, dense: DenseModel) -> int:
-    """The decoder layer that a tensor or module belongs to, n_layers for one outside of them."""
+    """The decoder layer that a tensor belongs to, n_layers for one outside of them."""
     return int(name.split(".")[2]) if name.startswith("model.layers.") else dense.n_layers
