@@ -7,7 +7,7 @@ windows drawn from the first 95 % of the calibration text; what came of it is me
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -28,8 +28,10 @@ BATCH_TOKENS = 2048  # of one step
 MICRO_TOKENS = 1024  # of these go through the model at a time: bounds the memory of activations
 MEASURED_TOKENS = 8192  # the loss is reported on at most so many that are not trained on
 SAVE_S = 45.0  # of work between two states on disk, at least
-LEARNING_RATE = 3e-3  # times a parameter's root mean square: how far Adam moves it in a step
-OFFSET_RATE = 1e-2  # of the offsets that choose indices, in units of a matrix's root mean square
+# How far a step moves things, in units of a layer's spacing (index_updates.py): with more bits a weight it is
+# smaller, and so is what there is to mend.
+LEARNING_RATE = 1e-2  # of Adam: codebooks, and in proportion to their own size all others
+OFFSET_RATE = 4e-2  # of the offsets that choose indices
 INDEX_STEPS = 2  # from one choice of indices to the next
 WARM_UP = 0.05  # share of the steps in which the rates rise; then they fall linearly to zero
 
@@ -101,12 +103,23 @@ class _Training:
             setattr(self.teacher.get_submodule(parent), last, HeldLinear(linear, dtype))
         self.output: Tensor = self.teacher.get_output_embeddings().weight.to(self.compute)  # type: ignore[operator]
         self.offsets = {name: Offsets.none(layer) for name, layer in self.student.layers.items()}
-        groups = [
-            {"params": [p], "rate": LEARNING_RATE * p.detach().square().mean().sqrt().item()}
-            for p in self.student.parameters.values()
-        ]
+        groups = [{"params": [p], "rate": rate} for p, rate in self._rates()]
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         self.step, self.before, self.changed = 0, 0.0, 0
+
+    def _rates(self) -> Iterator[tuple[Tensor, float]]:
+        """How far Adam moves each parameter in a step at the full rate."""
+        finest = {}
+        for module, layer in self.student.layers.items():
+            unit = self.offsets[module].unit.item()
+            finest[module] = unit / _root_mean_square(layer.columns())
+            for name, p in layer.parameters_by_name().items():
+                size = unit if name.endswith("centroids") else finest[module] * _root_mean_square(p)
+                yield p, LEARNING_RATE * size
+        mean = sum(finest.values()) / len(finest)
+        for name, p in self.student.parameters.items():
+            if name.endswith("norm.weight"):
+                yield p, LEARNING_RATE * mean * _root_mean_square(p)
 
     def advance(self) -> float:
         """One step; returns the mean divergence of its tokens, before it."""
@@ -140,7 +153,7 @@ class _Training:
                 expected = _hidden(self.teacher, tokens)
             found = _hidden(self.student.model, tokens)
         total, gradient = divergence_gradient((expected, self.output), (found.detach(), self.output))
-        found.backward(gradient / n_step)
+        found.backward(gradient / n_step)  # type: ignore[no-untyped-call]
         return total.item()
 
     @torch.no_grad()
@@ -204,6 +217,10 @@ def _hidden(model: nn.Module, tokens: Tensor) -> Tensor:
     """The last hidden states (n_tokens, n_embd) of tokens (n_windows, seq_len), after the final norm."""
     hidden: Tensor = model.model(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[operator]
     return hidden.flatten(0, 1).float()
+
+
+def _root_mean_square(values: Tensor) -> float:
+    return values.detach().square().mean().sqrt().item()
 
 
 def _layer(name: str, dense: DenseModel) -> int:

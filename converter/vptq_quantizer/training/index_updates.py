@@ -13,22 +13,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vptq_quantizer.layers.codebook import Codebook
 from vptq_quantizer.layers.nearest import nearest
 from vptq_quantizer.layers.quantized_linear import QuantizedLinear, Segment
 from vptq_quantizer.training.decode import segment_vectors
 
 SHARE = 0.01  # of a matrix's vectors may change at a time
 DECAY = 0.95  # of the means of squared gradients, a step
-OFFSET_DTYPE = torch.float16  # offsets are in units of a matrix's root mean square, far from its limits
+OFFSET_DTYPE = torch.float16  # offsets are in units of a codebook's spacing, far from its limits
 
 
 @dataclass
 class Offsets:
     """One matrix's offsets (in_features, out_features), as its columns stand, in units of `unit`.
 
-    unit: the root mean square of the columns when the training began. rows (in_features,), outs
-    (out_features,): running means of squared gradients, whose product over their mean stands for each
-    weight's own (Adafactor, arXiv 1804.04235): two numbers a row instead of one a weight.
+    unit (1,): the layer's spacing when the training began. rows (in_features,), outs (out_features,): running
+    means of squared gradients, whose product over their mean stands for each weight's own (Adafactor, arXiv
+    1804.04235): a number a row instead of one a weight.
     """
 
     unit: Tensor
@@ -38,10 +39,9 @@ class Offsets:
 
     @classmethod
     def none(cls, layer: QuantizedLinear) -> Offsets:
-        columns = layer.columns()
-        zeros = torch.zeros_like(columns, dtype=OFFSET_DTYPE)
-        unit = columns.square().mean().sqrt()[None]
-        return cls(unit, zeros, columns.new_zeros(len(columns)), columns.new_zeros(columns.shape[1]))
+        c, unit = layer.config, spacing(layer)[None]
+        values = unit.new_zeros(c.in_features, c.out_features, dtype=OFFSET_DTYPE)
+        return cls(unit, values, unit.new_zeros(c.in_features), unit.new_zeros(c.out_features))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"unit": self.unit, "values": self.values, "rows": self.rows, "outs": self.outs}
@@ -67,6 +67,19 @@ class Offsets:
 
 
 @torch.no_grad()
+def spacing(layer: QuantizedLinear) -> Tensor:
+    """How far a weight is from half way to another centroid: the root mean square, as layer.columns() count.
+
+    It goes down with the bits, and so must what a step of training moves.
+    """
+    squares = [
+        _half_way(_last(segment.codebook))[_last_index(segment)].flatten() for segment in layer.segments
+    ]
+    lengths = sum(len(part) * s.codebook.v for part, s in zip(squares, layer.segments, strict=True))
+    return (torch.stack([part.sum() for part in squares]).sum() / lengths).sqrt()
+
+
+@torch.no_grad()
 def update_indices(layer: QuantizedLinear, offsets: Offsets) -> int:
     """Gives at most SHARE of the layer's vectors another centroid (in place); returns how many."""
     values = offsets.values.float() * offsets.unit
@@ -83,9 +96,7 @@ def _update(segment: Segment, offsets: Tensor) -> int:
     offset = segment_vectors(segment, offsets).reshape(-1, book.v)
     length = offset.square().sum(1)
     # A vector is nearest to its own centroid at least until half way to the next one.
-    last = book.centroids if book.res_centroids is None else book.res_centroids
-    index = segment.index if segment.res_index is None else segment.res_index
-    reach = length / _half_way(last)[index.flatten()]
+    reach = length / _half_way(_last(book))[_last_index(segment).flatten()]
     n_most = max(1, int(SHARE * len(reach)))
     candidates = (reach > 1).nonzero()[:, 0]
     if len(candidates) > 4 * n_most:  # those furthest beyond half way: a search costs more than a comparison
@@ -113,6 +124,15 @@ def _update(segment: Segment, offsets: Tensor) -> int:
 def _picked(segment: Segment, places: Tensor) -> tuple[Tensor, Tensor | None]:
     res_index = None if segment.res_index is None else segment.res_index.flatten()[places]
     return segment.index.flatten()[places], res_index
+
+
+def _last(book: Codebook) -> Tensor:
+    """The codebook that decides how near another vector is: the residual one where there is one."""
+    return book.centroids if book.res_centroids is None else book.res_centroids
+
+
+def _last_index(segment: Segment) -> Tensor:
+    return segment.index if segment.res_index is None else segment.res_index
 
 
 def _half_way(centroids: Tensor) -> Tensor:
