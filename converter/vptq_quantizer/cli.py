@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from vptq_converter.checkpoint import Checkpoint, is_hub_id
 
-from vptq_quantizer.options import OPTION_NAMES, QuantizeOptions
+from vptq_quantizer.options import DEFAULT_SEQ_LEN, OPTION_NAMES, QuantizeOptions
 from vptq_quantizer.run.report import check_plot, plot, table
 from vptq_runtime.commands import command
 from vptq_runtime.commands.progress import print_line
@@ -30,20 +30,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("out", metavar="OUT_DIR", help="a new directory, or that of a run to go on with")
     default = QuantizeOptions()
 
-    def option(group: Any, name: str, text: str, **more: Any) -> None:
+    def option(group: Any, name: str, text: str, instead: str | None = None) -> None:
+        """instead: what there is where it is not given; a number then is an integer."""
         value = getattr(default, name)
         group.add_argument(
             f"--{name.replace('_', '-')}",
-            type=type(value),
+            type=int if instead else type(value),
             default=value,
             metavar="N",
-            help=f"{text} (default: %(default)s)",
-            **more,
+            help=f"{text} (default: {instead or '%(default)s'})",
         )
 
     codebooks = parser.add_argument_group("codebooks")
-    option(codebooks, "vector_len", "outputs that share an index")
-    option(codebooks, "centroids", "entries of a codebook")
+    chosen = "chosen for each matrix"
+    option(codebooks, "vector_len", "outputs that share an index", chosen)
+    option(codebooks, "centroids", "entries of a codebook", chosen)
     option(codebooks, "res_centroids", "entries of the codebook for what the first leaves; 0: none")
     option(codebooks, "groups", "codebooks of a layer, each for as many input columns")
     option(
@@ -57,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     text = parser.add_argument_group("calibration")
     text.add_argument("--calibration", metavar="FILE", nargs="+", default=[], help="text files")
     option(text, "samples", "windows of text")
-    option(text, "seq_len", "tokens of a window")
+    option(text, "seq_len", "tokens of a window", f"{DEFAULT_SEQ_LEN}, or the model's context")
     text.add_argument(
         "--hessians", metavar="DIR", help="where the Hessians are kept; those that are there are used again"
     )
@@ -101,7 +102,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    options = QuantizeOptions(**{name: getattr(arguments, name) for name in OPTION_NAMES})
+    options = QuantizeOptions(
+        **{name: getattr(arguments, name) for name in OPTION_NAMES if hasattr(arguments, name)}
+    )
     layers = None
     if arguments.layers is not None:
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", arguments.layers)

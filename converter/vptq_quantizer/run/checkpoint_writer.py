@@ -173,7 +173,11 @@ class CheckpointWriter:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def finish(
-        self, dense: DenseModel, dtype: torch.dtype, entries: dict[str, Any], report: Mapping[str, Any]
+        self,
+        dense: DenseModel,
+        dtype: torch.dtype,
+        quantization: Mapping[str, Any],
+        report: Mapping[str, Any],
     ) -> None:
         """The checkpoint: a shard for each decoder layer, one for the rest; config.json comes last."""
         n_shards = dense.n_layers + 1
@@ -203,7 +207,7 @@ class CheckpointWriter:
         write_json(self.out_dir / "report.json", dict(report))
         config = dict(dense.checkpoint.config.values)
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
-        config["quantization_config"] = {"quant_method": "vptq", "config_for_layers": entries}
+        config["quantization_config"] = {"quant_method": "vptq", **quantization}
         write_json(self.out_dir / "config.json", config)
         self._tidy()
 

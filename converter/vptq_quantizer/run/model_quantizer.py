@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from vptq_quantizer.calibration.text import Calibration, check_context, read_cal
 from vptq_quantizer.dense_model import DenseModel, linears
 from vptq_quantizer.layers.finetune import finetune_linear
 from vptq_quantizer.layers.layer_quantizer import Problem, quantize_linear
-from vptq_quantizer.layers.quantized_linear import QuantizedLinear, config_entry
+from vptq_quantizer.layers.quantized_linear import QuantizedLinear
 from vptq_quantizer.options import QuantizeOptions, option_error
+from vptq_quantizer.planning.plan import Plan, uniform_plan
 from vptq_quantizer.run.checkpoint_writer import CheckpointWriter, Part, copied_files, stored
 from vptq_quantizer.run.report import run_report
 from vptq_quantizer.training.end_to_end import tune
@@ -68,17 +68,17 @@ def quantize(
     checkpoint = Checkpoint(model_dir)
     copied_files(checkpoint)  # what is wrong with them is better said before the work
     dense = DenseModel(checkpoint, _device(device))
-    # The smallest first: an error about a size names one that suits all.
-    shapes = sorted(dense.linear_shapes().items(), key=lambda item: prod(item[1]))
-    configs = {name: options.layer_config(name, *shape) for name, shape in shapes}
+    options = options.for_model(dense.model.hyperparameters.n_ctx_train)
+    plan = uniform_plan(options, dense.n_layers, dense.linear_shapes())
     wanted = _range(layers, dense.n_layers)
     text = None
     if calibration:
+        assert options.seq_len is not None
         check_context(options.seq_len, dense.model.hyperparameters.n_ctx_train)
         text = read_calibration(
             checkpoint, dense.n_vocab, calibration, options.samples, options.seq_len, options.seed
         )
-        _warn_of_text(text, options, configs, warn)
+        _warn_of_text(text, options, dense.linear_shapes(), warn)
     elif options.end_to_end:
         raise OptionError("--end-to-end: found no --calibration, expected text to train on")
     model = model_key(checkpoint)
@@ -87,7 +87,7 @@ def quantize(
     if hessians is not None:
         source = source or HessianStore(Path(hessians), model, None).text()
         store = HessianStore(Path(hessians), model, source)
-    run = _Run(dense, options, configs, _stored_dtype(checkpoint), text, store, tell)
+    run = _Run(dense, options, plan, _stored_dtype(checkpoint), text, store, tell)
     what = {**asdict(options), "model": model, "calibration": source}
     with CheckpointWriter(Path(out_dir), what) as writer:
         return run.into(writer, wanted)
@@ -97,7 +97,7 @@ def quantize(
 class _Run:
     dense: DenseModel
     options: QuantizeOptions
-    configs: Mapping[str, LayerConfig]  # by path in a decoder layer
+    plan: Plan
     dtype: torch.dtype  # of the new checkpoint
     text: Calibration | None
     store: HessianStore | None
@@ -109,7 +109,7 @@ class _Run:
         # All are looked at: a wrong one is better found before the work.
         done = {n for n in range(n_layers) if writer.has(n)}
         pending = [n for n in wanted if n not in done]
-        layer_size = sum(config.out_features * config.in_features for config in self.configs.values())
+        layer_size = self.plan.n_weights // n_layers
         all_wanted, before = len(wanted) * layer_size, (len(wanted) - len(pending)) * layer_size
         with RunProgress(all_wanted, before, self.tell) as progress:
             for n, part in self.parts(pending, progress):
@@ -122,7 +122,7 @@ class _Run:
         if report["finished"]:
             if self.options.end_to_end and self.text is not None:
                 report["end_to_end"] = self.tune(writer, self.text)
-            writer.finish(self.dense, self.dtype, self.entries(), report)
+            writer.finish(self.dense, self.dtype, self.quantization_config(), report)
         return report
 
     def parts(self, pending: Sequence[int], progress: RunProgress) -> Iterator[tuple[int, Part]]:
@@ -161,7 +161,7 @@ class _Run:
             elif runs:
                 self.dense.advance(n, layer, hidden)
             if n in pending and self.store and n not in missing:
-                sizes = {name: self.configs[name].in_features for name in HESSIAN_OF.values()}
+                sizes = {name: self.dense.linear_shapes()[name][1] for name in HESSIAN_OF.values()}
                 hessians = self.store.load(n, sizes)
             if n in pending:
                 yield n, layer, hessians
@@ -181,6 +181,7 @@ class _Run:
             for name in self.dense.layer_tensors(n)
             if name.removeprefix(f"model.layers.{n}.").removesuffix(".weight") not in modules
         }
+        configs = self.plan.layer(n)
         reports = {}
         for i, (name, linear) in enumerate(modules.items()):
             hessian = hessians[HESSIAN_OF[name]].to(self.dense.device)
@@ -191,12 +192,12 @@ class _Run:
             seed = int(np.random.SeedSequence([self.options.seed, n, i]).generate_state(1)[0])
             quantised, reports[name] = self._quantize(
                 problem,
-                self.configs[name],
+                configs[name],
                 seed,
                 lambda step, name=name: progress.show(f"layer {n}: {name}, {step}"),  # type: ignore[misc]
             )
             fields = quantised.tensors(self.dtype)
-            reports[name] |= _bits(fields, self.configs[name])
+            reports[name] |= _bits(fields, configs[name])
             tensors |= {f"model.layers.{n}.{name}.{field}": tensor for field, tensor in fields.items()}
             error = list(reports[name]["proxy_error"].values())[-1]
             progress.advance(f"layer {n}: {name}: proxy error {error:.4f}", linear.weight.numel())
@@ -220,14 +221,9 @@ class _Run:
             layer = finetune_linear(problem, layer, self.dtype, step, show)
         return layer, {"proxy_error": errors, "seconds": seconds}
 
-    def entries(self) -> dict[str, Any]:
-        """`config_for_layers` of the new checkpoint."""
-        return {
-            module: config_entry(config, f"{module}.bias" in self.dense.checkpoint.tensors)
-            for n in range(self.dense.n_layers)
-            for name, config in self.configs.items()
-            for module in [f"model.layers.{n}.{name}"]
-        }
+    def quantization_config(self) -> dict[str, Any]:
+        """Of the new checkpoint, without the method's name."""
+        return self.plan.quantization_config(_biases(self.dense))
 
     def tune(self, writer: CheckpointWriter, text: Calibration) -> dict[str, Any]:
         """Trains the whole model, once all layers are there; what that gives stands beside the parts.
@@ -238,7 +234,7 @@ class _Run:
             return writer.read(self.dense.n_layers, tuned=True, with_tensors=False).report
         parts = {n: writer.read(n) for n in range(self.dense.n_layers)}
         with RunProgress(self.options.end_to_end, 0, self.tell) as progress:
-            tuned, report = tune(self.dense, self.configs, parts, self.options, self.dtype, text, progress)
+            tuned, report = tune(self.dense, self.plan, parts, self.options, self.dtype, text, progress)
         for n, tensors in tuned.items():
             writer.write(n, Part(tensors, report), tuned=True)
         return report
@@ -274,6 +270,11 @@ def _range(layers: tuple[int, int] | None, n_layers: int) -> range:
     return range(first, last + 1)
 
 
+def _biases(dense: DenseModel) -> set[str]:
+    """The modules that have a bias."""
+    return {name.removesuffix(".bias") for name in dense.checkpoint.tensors if name.endswith(".bias")}
+
+
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """bfloat16 where the dense model has that, else float16: the model's config names one for all."""
     return torch.bfloat16 if checkpoint.tensor("model.embed_tokens.weight").dtype == "BF16" else torch.float16
@@ -282,7 +283,7 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 def _warn_of_text(
     text: Calibration,
     options: QuantizeOptions,
-    configs: Mapping[str, LayerConfig],
+    shapes: Mapping[str, tuple[int, int]],
     warn: Callable[[str], None],
 ) -> None:
     n_windows, seq_len = text.windows.shape
@@ -291,7 +292,7 @@ def _warn_of_text(
             f"--calibration: found text for {n_windows} window{'s' * (n_windows > 1)} of {seq_len} tokens, "
             f"expected --samples {options.samples}"
         )
-    largest = max(config.in_features for config in configs.values())
+    largest = max(in_features for _, in_features in shapes.values())
     if text.windows.size < largest:
         warn(
             f"--calibration: found {text.windows.size} tokens, expected at least {largest}, the inputs of "

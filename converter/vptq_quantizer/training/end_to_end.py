@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from vptq_converter.layer import LayerConfig
 
 from vptq_quantizer.calibration.text import Calibration
 from vptq_quantizer.dense_model import DenseModel
 from vptq_quantizer.layers.quantized_linear import QuantizedLinear
 from vptq_quantizer.options import QuantizeOptions
+from vptq_quantizer.planning.plan import Plan
 from vptq_quantizer.run.checkpoint_writer import Part
 from vptq_runtime.commands.progress import RunProgress
 
@@ -48,7 +48,7 @@ class _VPTQLinear(nn.Module):
 
 def tune(
     dense: DenseModel,
-    configs: Mapping[str, LayerConfig],
+    plan: Plan,
     parts: Mapping[int, Part],
     options: QuantizeOptions,
     dtype: torch.dtype,
@@ -66,7 +66,7 @@ def tune(
     # Norms are copied, as they are trained; all else is the teacher's own, or soon replaced.
     shared = {id(p): p for name, p in teacher.named_parameters() if not name.endswith("norm.weight")}
     student = copy.deepcopy(teacher, shared)
-    linears = _put_in(student, configs, parts, dense.device)
+    linears = _put_in(student, plan, parts, dense.device)
     norms = {name: p for name, p in student.named_parameters() if name.endswith("norm.weight")}
     for norm in norms.values():
         norm.requires_grad_(True)
@@ -118,12 +118,12 @@ def tune(
 
 
 def _put_in(
-    student: nn.Module, configs: Mapping[str, LayerConfig], parts: Mapping[int, Part], device: torch.device
+    student: nn.Module, plan: Plan, parts: Mapping[int, Part], device: torch.device
 ) -> dict[str, _VPTQLinear]:
     """Puts the quantised linear layers in the place of the dense ones; returns them by full name."""
     linears: dict[str, _VPTQLinear] = {}
     for n, part in parts.items():
-        for name, config in configs.items():
+        for name, config in plan.layer(n).items():
             module = f"model.layers.{n}.{name}"
             fields = {
                 key.removeprefix(f"{module}."): t for key, t in part.tensors.items() if key.startswith(module)
