@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from vptq_converter.checkpoint import Checkpoint, is_hub_id
 
-from vptq_quantizer.options import DEFAULT_SEQ_LEN, OPTION_NAMES, QuantizeOptions
-from vptq_quantizer.run.report import check_plot, plot, table
+from vptq_quantizer.options import DEFAULT_BITS, DEFAULT_SEQ_LEN, OPTION_NAMES, QuantizeOptions
+from vptq_quantizer.run.report import check_plot, plan_table, plot, table
 from vptq_runtime.commands import command
 from vptq_runtime.commands.progress import print_line
 from vptq_runtime.errors import FileError
@@ -54,6 +54,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     option(codebooks, "outlier_vector_len", "outputs that share an index there")
     option(codebooks, "outlier_centroids", "entries of that codebook")
+
+    sizes = parser.add_argument_group("a size, instead of codebooks by hand")
+    sizes.add_argument(
+        "--target-bits",
+        type=float,
+        metavar="BITS",
+        help="per weight of all linear layers, all that is stored counted: each matrix gets what costs the "
+        f"model least (default, without --vector-len and --centroids: {DEFAULT_BITS:g})",
+    )
+    sizes.add_argument(
+        "--dry-run", action="store_true", help="print the plan and what it is expected to cost; write nothing"
+    )
 
     text = parser.add_argument_group("calibration")
     text.add_argument("--calibration", metavar="FILE", nargs="+", default=[], help="text files")
@@ -128,6 +140,7 @@ def _run(arguments: argparse.Namespace) -> None:
             hessians=arguments.hessians,
             layers=layers,
             device=arguments.device,
+            dry_run=arguments.dry_run,
             warn=warn,
             tell=print_line,
         )
@@ -147,6 +160,13 @@ def _check_paths(arguments: argparse.Namespace) -> None:
 
 
 def _show(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
+    if arguments.dry_run:
+        planned = report["plan"]
+        Console().print(plan_table(planned["config_for_layers"], report["n_layers"]))
+        print(f"{planned['bits_per_weight']:.3f} bits per weight of the linear layers")
+        if planned["expected_kl_divergence"] is not None:
+            print(f"KL divergence to expect, without training: about {planned['expected_kl_divergence']:.2f}")
+        return
     Console().print(table(report["layers"]))
     if "end_to_end" in report:
         before, after = report["end_to_end"]["kl_divergence"]

@@ -124,7 +124,9 @@ class DenseModel:
     def call(self, n: int, layer: nn.Module, hidden: Tensor) -> Tensor:
         """Hidden states (n_windows, seq_len, n_embd) after decoder layer n; gradients flow through it."""
         arguments = self._arguments(n, hidden[:1].detach())
-        after: Tensor = layer(hidden, **{name: _outside_inference(value) for name, value in arguments.items()})
+        after: Tensor = layer(
+            hidden, **{name: _outside_inference(value) for name, value in arguments.items()}
+        )
         return after
 
     @torch.inference_mode()

@@ -19,14 +19,14 @@ class QuantizeOptions:
     """Raises OptionError, which names the option as the command has it, for a value out of range."""
 
     vector_len: int | None = None  # v: outputs of one input column that share an index
-    centroids: int | None = None  # k; without v and k each matrix gets its own, by target_bits or fit
+    centroids: int | None = None  # k; without v and k each matrix gets its own, by target_bits
     res_centroids: int = 0  # r, 0: no residual
     groups: int = 1  # g: codebooks of a layer
     outliers: float = 0.0  # percent of the input columns, at least; so many that the rest makes equal groups
     outlier_vector_len: int = 4  # v0
     outlier_centroids: int = 4096  # k0
-    target_bits: float | None = None  # per weight of all linear layers, all that is stored for them counted
-    fit: int | None = None  # bytes of the finished GGUF file; with neither, and no v and k: DEFAULT_BITS
+    target_bits: float | None = None  # per weight of all linear layers, all that is stored counted; None:
+    # DEFAULT_BITS, without v and k
     damping: float = 0.01  # times the Hessian's mean diagonal, added to its diagonal
     normalize: bool = True  # input columns to mean 0 and variance 1
     hessian_weights: bool = True  # k-means weighs each column by h_ii; False: all alike
@@ -80,18 +80,11 @@ class QuantizeOptions:
             type(self.target_bits) not in (int, float) or not 0 < self.target_bits <= 16
         ):
             raise option_error("target_bits", self.target_bits, "bits per weight, above 0 and at most 16")
-        if self.fit is not None and (type(self.fit) is not int or self.fit < 1):
-            raise option_error("fit", self.fit, "a size of at least 1 byte, as 4GB or 700MB")
-        if self.target_bits is not None and self.fit is not None:
-            raise OptionError("--target-bits: found --fit beside it, expected one of the two")
         if (self.vector_len is None) != (self.centroids is None):
             given, missing = ("vector_len", "centroids")[:: 1 if self.centroids is None else -1]
             raise option_error(missing, "none", f"one beside {_spelled(given)}, or neither of them")
-        if self.by_hand and (self.target_bits is not None or self.fit is not None):
-            target = "fit" if self.target_bits is None else "target_bits"
-            raise OptionError(
-                f"{_spelled(target)}: found --vector-len and --centroids beside it, expected either"
-            )
+        if self.by_hand and self.target_bits is not None:
+            raise OptionError("--target-bits: found --vector-len and --centroids beside it, expected either")
         if self.by_hand:
             return
         for name, none in (("res_centroids", 0), ("groups", 1), ("outliers", 0)):

@@ -1,11 +1,11 @@
-"""How large an error each configuration leaves in a matrix of a kind: measured with small codebooks, and carried on.
+"""How large an error each configuration leaves in a matrix of a kind: measured with small codebooks.
 
-Codebooks of the sizes MEASURED are trained on a sample of the matrix's own vectors, weighed as in the real run.
+Codebooks of the sizes MEASURED are trained on a sample of the matrix's own vectors, weighed as in the run.
 In log2 of both, the error over the size of a codebook is nearly a straight line. At high rate its slope is
 -2 / v (Zador; Gersho and Gray, "Vector Quantization and Signal Compression", chapter 5); at low rate it is
 flatter. So beyond the largest codebook that was measured it goes on with the mean of the last measured slope
-and that. A residual codebook of r on top of k is worth less than one codebook of k r: by how much, for each bit
-of r, is measured with one pair.
+and that. A residual codebook of r on top of k is worth less than one codebook of k r: by how much, for each
+bit of r, is measured with one pair.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vptq_quantizer.planning.plan import VECTOR_LENS
 
 MEASURED = (4, 16, 64, 256)  # centroids
 RESIDUAL = (64, 16)  # centroids and residual centroids, or as many as there are vectors for
-SAMPLE = 8192  # vectors
+SAMPLE = 4096  # vectors
 VECTORS_A_CENTROID = 8  # at least, in a sample and in a matrix: with fewer a codebook learns them by heart
 
 
@@ -117,7 +117,7 @@ class _Sample:
         errors = [self._error(k, 0, generator) / whole for k in sizes]
         errors = [float(log2(max(error, 1e-12))) for error in errors]
         curve = Curve(self.vectors.shape[1], tuple(map(log2, sizes)), tuple(errors), 0.0)
-        k, r = (RESIDUAL if len(sizes) == len(MEASURED) else (sizes[-1], sizes[0]))
+        k, r = RESIDUAL if len(sizes) == len(MEASURED) else (sizes[-1], sizes[0])
         left = log2(max(self._error(k, r, generator) / whole, 1e-12)) - log2(max(curve.error(k, r), 1e-12))
         return Curve(curve.v, curve.sizes, curve.errors, max(0.0, left / log2(r)))
 

@@ -118,7 +118,9 @@ def _head(
     gradient, n_tokens = torch.empty_like(hidden), hidden.shape[0] * hidden.shape[1]
     total, squares = torch.zeros(2, len(weight), device=dense.device)
     columns = torch.zeros(hidden.shape[2], device=dense.device)
-    pieces = zip(hidden.flatten(0, 1).split(LOGIT_TOKENS), gradient.flatten(0, 1).split(LOGIT_TOKENS), strict=True)
+    pieces = zip(
+        hidden.flatten(0, 1).split(LOGIT_TOKENS), gradient.flatten(0, 1).split(LOGIT_TOKENS), strict=True
+    )
     for piece, result in pieces:
         states = piece.to(dense.device).requires_grad_()
         x = functional.rms_norm(states, states.shape[1:], norm, eps)
@@ -178,7 +180,9 @@ def _backward(
     n_tokens = before.shape[0] * before.shape[1]
     for hessian in hessians.values():
         hessian /= n_tokens
-    return hessians, {name: square / n_tokens / modules[name].out_features for name, square in squares.items()}
+    return hessians, {
+        name: square / n_tokens / modules[name].out_features for name, square in squares.items()
+    }
 
 
 @torch.no_grad()
@@ -195,8 +199,8 @@ def _columns(
 def left_by_second_order(weight: Tensor, hessian: Tensor, damping: float, n_tokens: int) -> Tensor:
     """S_jj / h_jj (in_features,): the share of a column's error that no later column makes up for.
 
-    A pivot is what is left of a column after a regression on p others; with n tokens it comes out too small by
-    the factor 1 - p / n, which is put right. Beyond p = n / 2 that is noise: there stands the mean of those
+    A pivot is what is left of a column after a regression on p others; with n tokens it comes out too small
+    by the factor 1 - p / n, which is put right. Beyond p = n / 2 that is noise: there stands the mean of those
     before.
     """
     size = len(hessian)

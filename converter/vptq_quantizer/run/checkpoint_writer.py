@@ -219,6 +219,20 @@ class CheckpointWriter:
             self.parts.rmdir()
 
 
+def earlier_plan(out_dir: Path, run: Mapping[str, Any]) -> Section | None:
+    """The plan of an earlier attempt at the same run, None where there is none; raises FileError for a
+    damaged file."""
+    path = out_dir / ".parts" / "run.json"
+    try:
+        if not path.is_file():
+            return None
+    except (OSError, ValueError):  # that is said by whoever writes there
+        return None
+    before = Section.read(path)
+    same = all(before.values.get(name) == value for name, value in run.items())
+    return before.section("plan") if same and "plan" in before.values else None
+
+
 def copied_files(checkpoint: Checkpoint) -> list[Path]:
     """The files that the new checkpoint has unchanged; raises FileError for one that cannot be read."""
     paths = [checkpoint.directory / name for name in COPIED_FILES if checkpoint.has(name)]

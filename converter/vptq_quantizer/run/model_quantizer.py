@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from vptq_converter.checkpoint import Checkpoint
+from vptq_converter.config import Section
 from vptq_converter.layer import LayerConfig
 
 from vptq_quantizer.calibration.hessians import HESSIAN_OF, HessianStore, collect, model_key
@@ -21,9 +22,10 @@ from vptq_quantizer.dense_model import DenseModel, linears
 from vptq_quantizer.layers.finetune import finetune_linear
 from vptq_quantizer.layers.layer_quantizer import Problem, quantize_linear
 from vptq_quantizer.layers.quantized_linear import QuantizedLinear
-from vptq_quantizer.options import QuantizeOptions, option_error
+from vptq_quantizer.options import DEFAULT_BITS, QuantizeOptions, option_error
 from vptq_quantizer.planning.plan import Plan, uniform_plan
-from vptq_quantizer.run.checkpoint_writer import CheckpointWriter, Part, copied_files, stored
+from vptq_quantizer.planning.target import measure_costs
+from vptq_quantizer.run.checkpoint_writer import CheckpointWriter, Part, copied_files, earlier_plan, stored
 from vptq_quantizer.run.report import run_report
 from vptq_quantizer.training.end_to_end import tune
 from vptq_runtime.commands.progress import RunProgress
@@ -52,6 +54,7 @@ def quantize(
     hessians: str | Path | None = None,
     layers: tuple[int, int] | None = None,
     device: str = "cpu",
+    dry_run: bool = False,
     warn: Callable[[str], None] = lambda message: None,
     tell: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
@@ -62,6 +65,10 @@ def quantize(
     What an earlier call has finished there is taken over. warn is told, in a line each, what is poorer than
     it could be; tell now and then what is done, how much of all that is, and how long the rest may take.
 
+    Without options.vector_len and centroids, each matrix gets its own configuration (planning/): part of what
+    this run is, and a later attempt takes it over. dry_run: only that plan is made, nothing is
+    written; "plan" in what is returned says it.
+
     Returns what report.json says: "layers" (report.py), the summary, "finished". Raises VPTQError for
     whatever is wrong with the model, the text, the options or the disk; what is finished stays.
     """
@@ -69,7 +76,7 @@ def quantize(
     copied_files(checkpoint)  # what is wrong with them is better said before the work
     dense = DenseModel(checkpoint, _device(device))
     options = options.for_model(dense.model.hyperparameters.n_ctx_train)
-    plan = uniform_plan(options, dense.n_layers, dense.linear_shapes())
+    plan = uniform_plan(options, dense.n_layers, dense.linear_shapes()) if options.by_hand else None
     wanted = _range(layers, dense.n_layers)
     text = None
     if calibration:
@@ -87,10 +94,51 @@ def quantize(
     if hessians is not None:
         source = source or HessianStore(Path(hessians), model, None).text()
         store = HessianStore(Path(hessians), model, source)
-    run = _Run(dense, options, plan, _stored_dtype(checkpoint), text, store, tell)
     what = {**asdict(options), "model": model, "calibration": source}
+    expected = None
+    if plan is None:
+        plan, expected = _plan(dense, options, text, earlier_plan(Path(out_dir), what), tell)
+        what["plan"] = plan.quantization_config(_biases(dense))
+    if dry_run:
+        return _dry_report(checkpoint.name, options, plan, expected, dense.n_layers)
+    run = _Run(dense, options, plan, _stored_dtype(checkpoint), text, store, tell)
     with CheckpointWriter(Path(out_dir), what) as writer:
         return run.into(writer, wanted)
+
+
+def _plan(
+    dense: DenseModel,
+    options: QuantizeOptions,
+    text: Calibration | None,
+    earlier: Section | None,
+    tell: Callable[[str], None],
+) -> tuple[Plan, float | None]:
+    """The plan that an earlier attempt has made, or a new one and the KL divergence to expect."""
+    if earlier is not None:
+        shapes = dense.linear_shapes()
+        modules = {f"model.layers.{n}.{name}": shapes[name] for n in range(dense.n_layers) for name in shapes}
+        return Plan.parse(earlier, modules, _biases(dense)), None
+    with RunProgress(1, 0, tell) as progress:
+        costs = measure_costs(dense, options, text, lambda what: progress.show(f"plan: {what}"))
+    return costs.plan(options.target_bits or DEFAULT_BITS)
+
+
+def _dry_report(
+    model: str, options: QuantizeOptions, plan: Plan, expected: float | None, n_layers: int
+) -> dict[str, Any]:
+    """What would be done."""
+    return {
+        "model": model,
+        "options": asdict(options),
+        "finished": False,
+        "n_layers": n_layers,
+        "layers": [],
+        "plan": {
+            "bits_per_weight": plan.bits_per_weight,
+            "expected_kl_divergence": expected,
+            **plan.quantization_config(set()),
+        },
+    }
 
 
 @dataclass(frozen=True)

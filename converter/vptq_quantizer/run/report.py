@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,23 @@ def table(layers: Sequence[LayerReport]) -> Table:
         row(str(layer["layer"]), [layer])
     result.add_section()
     row("all", layers)
+    return result
+
+
+def plan_table(entries: Mapping[str, Mapping[str, Any]], n_layers: int) -> Table:
+    """A row for each decoder layer, a column for each kind of matrix: vV-kK-R, and -n without a norm."""
+    result = Table(title="Configurations")
+    kinds = dict.fromkeys(module.split(".", 3)[3] for module in entries)
+    for name in ["layer", *(kind.rpartition(".")[2] for kind in kinds)]:
+        result.add_column(name, justify="right")
+    for n in range(n_layers):
+        found = [entries[f"model.layers.{n}.{kind}"] for kind in kinds]
+        cells = [
+            f"v{e['vector_lens'][1]}-k{e['num_centroids'][1]}-{max(0, e['num_res_centroids'][1])}"
+            f"{'' if e['enable_norm'] else '-n'}"
+            for e in found
+        ]
+        result.add_row(str(n), *cells)
     return result
 
 
