@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,6 @@ def test_the_allocation_is_the_best_of_all(seed: int) -> None:
 
 @pytest.mark.parametrize("bits", [3.0, 4.5])
 def test_a_target_is_met(bits: float, model: Path, text: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     report = quantize(model, tmp_path / "out", replace(TARGET, target_bits=bits), calibration=[text])
     assert 0.99 * bits <= report["bits_per_weight"] <= bits
     layers = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"][

@@ -119,7 +119,9 @@ def _head(
     total, squares = torch.zeros(2, len(weight), device=dense.device)
     columns = torch.zeros(hidden.shape[2], device=dense.device)
     pieces = zip(
-        hidden.flatten(0, 1).split(LOGIT_TOKENS), gradient.flatten(0, 1).split(LOGIT_TOKENS), strict=True
+        torch.split(hidden.flatten(0, 1), LOGIT_TOKENS),
+        torch.split(gradient.flatten(0, 1), LOGIT_TOKENS),
+        strict=True,
     )
     for piece, result in pieces:
         states = piece.to(dense.device).requires_grad_()
@@ -165,7 +167,11 @@ def _backward(
             if name in hessians:
                 x = inputs[0].detach().flatten(0, -2)
                 hessians[name].addmm_(x.T, x, alpha=2)
-            output.register_hook(lambda g: squares.update({name: squares[name] + float(g.square().sum())}))
+
+            def add(gradient: Tensor) -> None:
+                squares[name] += float(gradient.square().sum())
+
+            output.register_hook(add)  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -200,8 +206,8 @@ def left_by_second_order(weight: Tensor, hessian: Tensor, damping: float, n_toke
     """S_jj / h_jj (in_features,): the share of a column's error that no later column makes up for.
 
     A pivot is what is left of a column after a regression on p others; with n tokens it comes out too small
-    by the factor 1 - p / n, which is put right. Beyond p = n / 2 that is noise: there stands the mean of those
-    before.
+    by the factor 1 - p / n, which is put right. Beyond p = n / 2 that is noise: there stands the mean of
+    those before.
     """
     size = len(hessian)
     damped = hessian.clone()
@@ -215,4 +221,5 @@ def left_by_second_order(weight: Tensor, hessian: Tensor, damping: float, n_toke
     n_known = max(1, min(size, n_tokens // 2))
     share /= (1 - torch.arange(size, device=weight.device) / n_tokens).clamp_min(0.5)
     share[n_known:] = share[n_known // 2 : n_known].mean()
-    return share.clamp(max=1)[order.argsort()]
+    in_order: Tensor = share.clamp(max=1)[order.argsort()]
+    return in_order

@@ -1,8 +1,9 @@
 """A plan for a size: candidates for each matrix, what each would cost, the best of them together.
 
 The loss of a candidate is the KL divergence that sensitivity.py predicts for it, with the relative error
-that distortion.py measures: on one decoder layer, the middle one, for each kind of matrix. Without calibration
-text there are no gradients; a matrix then counts by its number of weights, and no divergence is predicted.
+that distortion.py measures: on one decoder layer, the middle one, for each kind of matrix. Without
+calibration text there are no gradients; a matrix then counts by its number of
+weights, and no divergence is predicted.
 """
 
 from __future__ import annotations

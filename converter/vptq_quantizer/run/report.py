@@ -83,7 +83,7 @@ def plan_table(entries: Mapping[str, Mapping[str, Any]], n_layers: int) -> Table
     result = Table(title="Configurations")
     kinds = dict.fromkeys(module.split(".", 3)[3] for module in entries)
     for name in ["layer", *(kind.rpartition(".")[2] for kind in kinds)]:
-        result.add_column(name, justify="right")
+        result.add_column(name, justify="right", overflow="fold")
     for n in range(n_layers):
         found = [entries[f"model.layers.{n}.{kind}"] for kind in kinds]
         cells = [
