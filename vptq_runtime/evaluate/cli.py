@@ -59,7 +59,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("texts", metavar="TEXT", nargs="+", help="text files; -: standard input")
     p.add_argument(
-        "-m", "--model", metavar="FILE", help="the GGUF file (default: the demo model of the package)"
+        "-m",
+        "--model",
+        metavar="MODEL",
+        help="a GGUF file, a VPTQ checkpoint's directory, or owner/model of the Hugging Face hub (default: "
+        "the demo model of the package)",
     )
     p.add_argument(
         "--method",
