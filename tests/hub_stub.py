@@ -55,7 +55,9 @@ class HubStub:
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
-    def add(self, repo: str, files: Mapping[str, bytes] | Path, commit: str = "one", branch: str = "main") -> str:
+    def add(
+        self, repo: str, files: Mapping[str, bytes] | Path, commit: str = "one", branch: str = "main"
+    ) -> str:
         """Puts files, or a directory's, into a repository as what a branch means from now on."""
         if isinstance(files, Path):
             files = {path.name: path.read_bytes() for path in files.iterdir()}

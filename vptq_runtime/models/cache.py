@@ -70,6 +70,10 @@ class Entry:
         """As `vptq-models rm` takes it."""
         return self.source if self.commit is None else f"{self.source}@{self.commit[:12]}"
 
+    def is_of(self, source: str, commit: str) -> bool:
+        """Whether it is of that repository and of a commit that begins so."""
+        return self.source == source and self.commit is not None and self.commit.startswith(commit)
+
     @classmethod
     def read(cls, directory: Path) -> Entry:
         """Raises FileError where it is damaged: what it says cannot be read, or its file has another size."""
@@ -135,6 +139,14 @@ def find(key: str) -> Entry | None:
         return Entry.read(root() / key)
     except FileError:
         return None
+
+
+def of_commit(repo: Repo) -> Entry | None:
+    """The entry of the commit that a repository's revision is, or the one that begins so."""
+    if repo.commit is None:
+        return None
+    found = [entry for entry in entries() if entry.is_of(repo.id, repo.commit)]
+    return found[0] if len(found) == 1 else None
 
 
 def newest(repo: Repo) -> Entry | None:

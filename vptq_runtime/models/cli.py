@@ -129,8 +129,9 @@ def _is_named(item: Entry | Part, name: str) -> bool:
     if item.commit is None:
         return str(Path(name).resolve()) == item.source
     source, _, revision = name.partition("@")
-    is_commit = len(revision) >= LEAST_COMMIT and item.commit.startswith(revision)
-    return source == item.source and (revision in item.refs or is_commit)
+    if source == item.source and revision in item.refs:
+        return True
+    return len(revision) >= LEAST_COMMIT and item.is_of(source, revision)
 
 
 def _suggest(arguments: argparse.Namespace) -> None:
@@ -163,7 +164,7 @@ def _suggest(arguments: argparse.Namespace) -> None:
         f"process; {disk.size(available)} are available.\n"
         f"Disk: the download and the file for a while, then the file; {disk.size(free)} are free in "
         f"{cache.root()}.\n"
-        "Sizes are computed from shapes and configurations, not measured. To run one: vptq-run -m MODEL --chat"
+        "Sizes are computed from shapes and configurations, not measured. One runs by vptq-run -m MODEL."
     )
 
 

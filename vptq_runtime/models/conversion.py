@@ -38,6 +38,13 @@ def check_config(path: Path, name: str, source: str) -> None:
         raise UnsupportedError(f"{name}: found a model quantised by {method!r:.80}, expected a VPTQ one")
 
 
+def check_checkpoint(path: Path, source: str) -> None:
+    """The same of a checkpoint that is here; also its files are there."""
+    from vptq_converter.checkpoint import Checkpoint
+
+    check_config(Checkpoint(path).directory / "config.json", str(path), source)
+
+
 def convert(source: Path, target: Path, name: str) -> None:
     """Writes the GGUF file of a checkpoint, lossless; name: what the model is called in it."""
     import vptq_converter

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vptq_runtime.errors import FileError, UnsupportedError, printable
 from vptq_runtime.models import disk
-from vptq_runtime.models.source import Repo, is_commit
+from vptq_runtime.models.source import Repo
 
 TIMEOUT_S = 10.0
 LINE_S = 30.0  # between two lines of a download that no terminal shows
@@ -20,11 +20,20 @@ LINE_S = 30.0  # between two lines of a download that no terminal shows
 PATTERNS = ("*.safetensors", "*.json", "*.jinja")
 IGNORED_PATTERNS = ("*/*", "consolidated*")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILE_NAME = re.compile(r"(?!\.)[\w.+-]{1,200}", re.ASCII)
 
 
 class HubError(FileError):
-    """The hub has not given what it was asked for, or could not be asked."""
+    """The hub has not given what it was asked for, or could not be asked; reason: why."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    @classmethod
+    def of(cls, repo: Repo, reason: str) -> HubError:
+        return cls(f"{repo}: no such path here, and the hub did not give it: {reason}", reason)
 
 
 @dataclass(frozen=True)
@@ -84,10 +93,9 @@ def snapshot(repo: Repo) -> Snapshot:
             repo.id, revision=repo.revision, files_metadata=True, timeout=TIMEOUT_S
         )
     except Exception as error:  # the client's own, its HTTP library's, the system's: no common base
-        raise _error(repo, error) from error
-    if not is_commit(info.sha):
-        raise HubError(f"{repo}: the hub gave {str(info.sha)!r:.80} for its commit, expected 40 hex digits")
-    assert info.sha is not None
+        raise HubError.of(repo, reason(error)) from error
+    if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
+        raise HubError.of(repo, f"it says {str(info.sha)!r:.80} for its commit, expected 40 hex digits")
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     harmless = {name: size for name, size in sizes.items() if _FILE_NAME.fullmatch(name)}
     return Snapshot(repo, info.sha, harmless, tuple(name for name in sizes if name not in harmless))
@@ -116,7 +124,7 @@ def download_checkpoint(repo: Repo) -> Path:
             ignore_patterns=list(IGNORED_PATTERNS),
         )
     except Exception as error:
-        raise _error(repo, error) from error
+        raise HubError.of(repo, reason(error)) from error
     return Path(directory)
 
 
@@ -137,7 +145,7 @@ def download(
                     snapshot.repo.id, name, revision=snapshot.commit, local_dir=directory
                 )
             except Exception as error:
-                raise _error(snapshot.repo, error) from error
+                raise HubError.of(snapshot.repo, reason(error)) from error
 
 
 @contextlib.contextmanager
@@ -155,10 +163,6 @@ def _lines(repo: Repo, total: int, directory: Path, tell: Callable[[str], object
         yield
     finally:
         done.set()
-
-
-def _error(repo: Repo, error: Exception) -> HubError:
-    return HubError(f"{repo}: no such path here, and the hub did not give it: {reason(error)}")
 
 
 def reason(error: Exception) -> str:

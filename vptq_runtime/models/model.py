@@ -55,14 +55,15 @@ def open_model(file: str) -> _native.Model:
 
 
 def _of_repo(repo: Repo, tell: Tell) -> Entry:
-    if repo.is_commit and (entry := cache.find(cache.repo_key(repo, repo.revision))):
+    if (entry := cache.of_commit(repo)) is not None:  # it never changes: nobody is to be asked
         return entry.mark_used()
     try:
         snapshot = hub.snapshot(repo)
     except HubError as error:
         if (entry := cache.newest(repo)) is None:
             raise
-        tell(f"{error}; it runs as it was on {entry.made[:10]}, commit {_commit(entry)[:12]}")
+        tell(f"{repo}: the hub did not give it: {error.reason}")
+        tell(f"{repo}: the model that was made on {entry.made[:10]} is taken, {entry.name}")
         return entry.mark_used()
     key = cache.repo_key(repo, snapshot.commit)
     if (entry := cache.find(key)) is None:
@@ -71,12 +72,7 @@ def _of_repo(repo: Repo, tell: Tell) -> Entry:
             if part is not None:
                 _make_of_repo(snapshot, part, tell)
         entry = _made(key, str(repo))
-    return entry.mark_used(repo.revision)
-
-
-def _commit(entry: Entry) -> str:
-    assert entry.commit is not None
-    return entry.commit
+    return entry.mark_used(None if repo.commit else repo.revision)
 
 
 def _made(key: str, name: str) -> Entry:
@@ -180,7 +176,7 @@ def _of_checkpoint(path: Path, tell: Tell) -> str:
     state = _state(path, directory)
     key = cache.directory_key(directory, state)
     if (entry := cache.find(key)) is None:
-        conversion.check_config(directory / "config.json", str(path), shlex.quote(str(directory)))
+        conversion.check_checkpoint(path, shlex.quote(str(directory)))
         with cache.making(key, str(path), tell) as part:
             if part is not None:
                 target = part / "entry" / cache.MODEL

@@ -12,7 +12,7 @@ DEFAULT_REVISION = "main"
 _PART = r"[A-Za-z0-9](?:[\w.-]{0,94}[\w-])?"
 _REPO = re.compile(rf"({_PART}/{_PART})(?:@(.*))?", re.ASCII | re.DOTALL)
 _REVISION = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*", re.ASCII)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")  # its beginning is enough
 _FILE_ENDINGS = (".gguf", ".safetensors", ".json")  # what ends so and is not there is a file that is missing
 _CHECKPOINT_ENDINGS = (".safetensors", "index.json")
 
@@ -50,16 +50,12 @@ class Repo:
         return self.id.partition("/")[2]
 
     @property
-    def is_commit(self) -> bool:
-        """Whether the revision is a whole commit, which never changes."""
-        return is_commit(self.revision)
+    def commit(self) -> str | None:
+        """The commit that the revision is, or its beginning; None for a branch or a tag."""
+        return self.revision if _COMMIT.fullmatch(self.revision) else None
 
     def __str__(self) -> str:
         return f"{self.id}@{self.revision}" if self.is_named else self.id
-
-
-def is_commit(text: object) -> bool:
-    return isinstance(text, str) and _COMMIT.fullmatch(text) is not None
 
 
 def is_checkpoint(path: Path) -> bool:
