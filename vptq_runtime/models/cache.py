@@ -19,6 +19,7 @@ from vptq_runtime.errors import FileError
 from vptq_runtime.models.source import Repo
 from vptq_runtime.text_file import read_json
 
+Tell = Callable[[str], object]  # gets a line for people
 VERSION = 1  # of what an entry is: one of another version is made anew
 MODEL, ENTRY, PART, LOCKS = "model.gguf", "entry.json", ".part", "locks"
 
@@ -149,6 +150,14 @@ def of_commit(repo: Repo) -> Entry | None:
     return found[0] if len(found) == 1 else None
 
 
+def made(key: str, name: str) -> Entry:
+    """The entry that has just been made; raises FileError."""
+    entry = find(key)
+    if entry is None:
+        raise FileError(f"{name}: has gone from the cache while it was made ready, expected it there")
+    return entry
+
+
 def newest(repo: Repo) -> Entry | None:
     """Of a repository's entries the last one that its revision meant; without a revision, the last one."""
     mine = [entry for entry in entries() if entry.source == repo.id and entry.commit is not None]
@@ -182,6 +191,12 @@ def contents() -> list[Entry | Part]:
     return found
 
 
+def write_entry(directory: Path, source: str, commit: str | None) -> None:
+    """Says what the model in a directory is: the last thing that an entry needs."""
+    n_bytes = (directory / MODEL).stat().st_size
+    Entry(directory, source, commit, n_bytes, made=now(), used=now()).write()
+
+
 def remove(item: Entry | Part) -> None:
     """Removes it; a process that runs it keeps its file until it ends. Raises FileError."""
     try:
@@ -194,7 +209,7 @@ def remove(item: Entry | Part) -> None:
 
 
 @contextlib.contextmanager
-def making(key: str, name: str, tell: Callable[[str], object]) -> Iterator[Path | None]:
+def making(key: str, name: str, tell: Tell) -> Iterator[Path | None]:
     """Lends a directory in which to make an entry, to one process at a time; None where another one has made
     it meanwhile. What an earlier one has left there is still there.
 

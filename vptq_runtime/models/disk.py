@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
 from vptq_runtime.errors import FileError
@@ -18,12 +18,11 @@ def free_bytes(directory: Path) -> int:
     return 0
 
 
-def check_free(directory: Path, needs: Iterable[tuple[str, int]], name: str) -> None:
-    """Raises FileError where less is free than all needs, (what for, bytes), take together."""
-    needs = [(what, n_bytes) for what, n_bytes in needs if n_bytes]
-    total, free = sum(n_bytes for _, n_bytes in needs), free_bytes(directory)
+def check_free(directory: Path, needs: Mapping[str, int], name: str) -> None:
+    """Raises FileError where less is free than all needs (bytes, by what they are for) take together."""
+    total, free = sum(needs.values()), free_bytes(directory)
     if total > free:
-        parts = ", ".join(f"{what} {size(n_bytes)}" for what, n_bytes in needs)
+        parts = ", ".join(f"{what} {size(n_bytes)}" for what, n_bytes in needs.items())
         raise FileError(
             f"{name}: needs {size(total)} of disk ({parts}), found {size(free)} free in {directory}: "
             "make room, or name another place in VPTQ_CACHE"

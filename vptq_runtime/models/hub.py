@@ -6,12 +6,13 @@ import contextlib
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vptq_runtime.errors import FileError, UnsupportedError, printable
 from vptq_runtime.models import disk
+from vptq_runtime.models.cache import Tell
 from vptq_runtime.models.source import Repo
 
 TIMEOUT_S = 10.0
@@ -128,9 +129,7 @@ def download_checkpoint(repo: Repo) -> Path:
     return Path(directory)
 
 
-def download(
-    snapshot: Snapshot, files: Mapping[str, int], directory: Path, tell: Callable[[str], object]
-) -> None:
+def download(snapshot: Snapshot, files: Mapping[str, int], directory: Path, tell: Tell) -> None:
     """Downloads files into a directory, those of them that are not there yet, with huggingface_hub's bars.
 
     One after another, in this thread: so Ctrl-C ends it at once. A file is there when it is whole. Raises
@@ -149,7 +148,7 @@ def download(
 
 
 @contextlib.contextmanager
-def _lines(repo: Repo, total: int, directory: Path, tell: Callable[[str], object]) -> Iterator[None]:
+def _lines(repo: Repo, total: int, directory: Path, tell: Tell) -> Iterator[None]:
     """Where no terminal shows a bar: a line now and then."""
     done = threading.Event()
 
@@ -171,7 +170,8 @@ def reason(error: Exception) -> str:
 
     if isinstance(error, GatedRepoError):
         return "it asks for a login (hf auth login) that has agreed to the model's terms"
-    if isinstance(error, RepositoryNotFoundError):
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, RepositoryNotFoundError) or status == 401:
         return "no such repository, or a private one (hf auth login)"
     if isinstance(error, RevisionNotFoundError):
         return "the repository has no such revision"
