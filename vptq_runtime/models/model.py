@@ -26,6 +26,8 @@ def model_file(source: str, tell: Tell) -> str:
 
     Raises FileError, UnsupportedError, OptionError.
     """
+    if not source:  # to pathlib that is where we are
+        return source
     path = Path(source)
     try:
         if is_checkpoint(path):

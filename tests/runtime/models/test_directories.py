@@ -112,7 +112,7 @@ def test_a_disk_that_is_too_small(
 
 
 def test_files_are_taken_as_they_are(model: Path, cache_dir: Path, told: list[str]) -> None:
-    for source in (str(model), "nothing.gguf", "/nothing", "a/b.gguf", "a/b.safetensors"):
+    for source in (str(model), "", "nothing.gguf", "/nothing", "a/b.gguf", "a/b.safetensors"):
         assert model_file(source, told.append) == source
     assert entries(cache_dir) == set()
 
