@@ -90,7 +90,9 @@ class HubStub:
                 self._send(request, 404, {"X-Error-Code": "EntryNotFound"})
             else:
                 etag = hashlib.sha256(content).hexdigest()
-                self._send(request, 200, {"ETag": f'"{etag}"', "X-Repo-Commit": commit}, content)
+                headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit}
+                headers["Content-Disposition"] = f'inline; filename="{name}";'  # what the bar shows
+                self._send(request, 200, headers, content)
 
     def _answer_api(self, request: BaseHTTPRequestHandler, repo: HubRepo, id: str, path: str) -> None:
         kind, _, rest = path.removeprefix(f"/api/models/{id}").strip("/").partition("/")

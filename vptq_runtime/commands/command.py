@@ -148,12 +148,13 @@ def _loading_bar() -> Iterator[Callable[[int, int], None] | None]:
     if not sys.stderr.isatty():
         yield None
         return
-    begin = time.monotonic()
+    begin: float | None = None  # when the first layers were: a download may come before them
     with contextlib.ExitStack() as shown:
         show: Callable[[int, int], None] | None = None
 
         def progress(done: int, total: int) -> None:
-            nonlocal show
+            nonlocal begin, show
+            begin = time.monotonic() if begin is None else begin
             if show is None and time.monotonic() - begin > SILENT_LOAD_S:
                 from rich.console import Console
                 from rich.progress import Progress

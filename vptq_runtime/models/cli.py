@@ -42,7 +42,12 @@ def parser() -> argparse.ArgumentParser:
     both.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object")
     commands.add_parser("list", parents=[both], help="what is in the cache (the default)")
     rm = commands.add_parser("rm", parents=[both], help="remove models from it")
-    rm.add_argument("names", metavar="NAME", nargs="+", help="as `vptq-models list` has it, or its beginning")
+    rm.add_argument(
+        "names",
+        metavar="NAME",
+        nargs="+",
+        help="as `vptq-models list` has it; owner/model is all its commits",
+    )
     commands.add_parser("suggest", parents=[both], help="models to run: which fit this machine")
     return p
 
