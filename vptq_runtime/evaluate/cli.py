@@ -36,10 +36,10 @@ of a window but its first, as papers on quantisation do; llama.cpp only the seco
 llama-perplexity does. Figures of the two do not compare, nor do those of other windows. The standard error is
 over windows; with llama.cpp it takes the tokens as independent, as there, and is smaller than the truth.
 
---compare takes a GGUF file or owner/model as -m does, and runs it with the same options; or the directory of
-a dense checkpoint, which transformers runs (pip install "vptq-runtime[quantize]") with all weights in memory: the
-file that vptq-convert makes of one is mapped, and needs no PyTorch. The KL divergence is KL(OTHER || model),
-the ratio the model's perplexity over OTHER's.
+--compare takes a GGUF file or owner/model as -m does, and runs it with the same options; or the directory
+of a dense checkpoint, which transformers runs (pip install "vptq-runtime[quantize]") with all weights in
+memory: the file that vptq-convert makes of one is mapped, and needs no PyTorch. The KL divergence is
+KL(OTHER || model), the ratio the model's perplexity over OTHER's.
 
   vptq-perplexity -m model.gguf wiki.test.raw -c 2048
   vptq-perplexity -m model.gguf wiki.test.raw -c 2048 --compare ./Llama-3.1-8B --windows 20

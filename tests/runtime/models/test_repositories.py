@@ -10,6 +10,7 @@ import pytest
 from converted import keys, raw_tensors
 from hub_stub import HubStub, commit_of
 from huggingface_hub import constants
+from vptq_converter import convert
 
 from vptq_runtime import FileError, OptionError, Runtime, VPTQError
 from vptq_runtime.models import cache, conversion, disk
@@ -86,6 +87,18 @@ def test_another_commit_is_another_model(
     assert model_file(f"owner/model@{one}", told.append) == first
     assert model_file(f"owner/model@{two[:12]}", told.append) == second
     assert len(hub.requests) == n_requests
+
+
+def test_vptq_convert_takes_a_revision(
+    hub: HubStub, checkpoint: Path, tmp_path: Path, cache_dir: Path
+) -> None:
+    hub.add("owner/model", {"README.md": b"x"})
+    hub.add("owner/model", checkpoint, "two", branch="v1")
+    convert("owner/model@v1", tmp_path / "out.gguf")
+    assert keys(tmp_path / "out.gguf")["general.name"] == "model"
+    with pytest.raises(FileError, match=r"owner/model@v2: .*: the repository has no such revision"):
+        convert("owner/model@v2", tmp_path / "out.gguf")
+    assert contents(cache_dir) == set()
 
 
 def test_without_a_network_the_newest_is_taken_and_that_is_said(
@@ -219,8 +232,6 @@ def test_a_gguf_file_of_ours_is_taken_as_it_is(
 def test_another_gguf_file_is_refused_and_goes(
     hub: HubStub, checkpoint: Path, tmp_path: Path, cache_dir: Path, told: list[str]
 ) -> None:
-    from vptq_converter import convert
-
     convert(checkpoint, tmp_path / "plain.gguf", dequantize="f16")
     for content in ((tmp_path / "plain.gguf").read_bytes(), b"GGUF" * 100):
         hub.add("owner/model", {"plain.gguf": content}, commit=str(len(content)))
