@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from vptq_converter.architectures import LINEARS
 from vptq_converter.checkpoint import Checkpoint
 from vptq_converter.layer import LayerConfig
 
@@ -25,6 +27,7 @@ from vptq_quantizer.layers.quantized_linear import QuantizedLinear, config_entry
 from vptq_quantizer.options import QuantizeOptions, option_error
 from vptq_quantizer.run.checkpoint_writer import CheckpointWriter, Part, copied_files, stored
 from vptq_quantizer.run.report import run_report
+from vptq_quantizer.run.side_by_side import MOST_IN_FEATURES, Result, side_by_side
 from vptq_quantizer.training.end_to_end import tune
 from vptq_runtime.commands.progress import RunProgress
 from vptq_runtime.errors import OptionError, OutOfMemoryError, UnsupportedError
@@ -182,40 +185,50 @@ class _Run:
             if name.removeprefix(f"model.layers.{n}.").removesuffix(".weight") not in modules
         }
         reports = {}
-        for i, (name, linear) in enumerate(modules.items()):
-            hessian = hessians[HESSIAN_OF[name]].to(self.dense.device)
-            problem = Problem.of(
-                linear.weight, hessian, self.options.damping, f"tensor model.layers.{n}.{name}.weight"
-            )
-            # Seeded one by one, so that an interrupted run gives what a whole one does.
-            seed = int(np.random.SeedSequence([self.options.seed, n, i]).generate_state(1)[0])
-            quantised, reports[name] = self._quantize(
-                problem,
-                self.configs[name],
-                seed,
-                lambda step, name=name: progress.show(f"layer {n}: {name}, {step}"),  # type: ignore[misc]
-            )
+        tasks = [
+            partial(self._linear, n, name, linear.weight, hessians[HESSIAN_OF[name]], progress)
+            for name, linear in modules.items()
+        ]
+        for name, (quantised, report) in zip(modules, self._done(tasks), strict=True):
             fields = quantised.tensors(self.dtype)
-            reports[name] |= _bits(fields, self.configs[name])
+            reports[name] = report | _bits(fields, self.configs[name])
             tensors |= {f"model.layers.{n}.{name}.{field}": tensor for field, tensor in fields.items()}
-            error = list(reports[name]["proxy_error"].values())[-1]
-            progress.advance(f"layer {n}: {name}: proxy error {error:.4f}", linear.weight.numel())
+            error = list(report["proxy_error"].values())[-1]
+            progress.advance(f"layer {n}: {name}: proxy error {error:.4f}", modules[name].weight.numel())
         return Part(tensors, {"layer": n, "seconds": time.monotonic() - begin, "linears": reports})
 
-    def _quantize(
-        self, problem: Problem, config: LayerConfig, seed: int, show: Callable[[str], object]
+    def _done(self, tasks: Sequence[Callable[[], Result]]) -> Iterable[Result]:
+        """What the tasks return, in their order: side by side where the matrices are small."""
+        largest = max(config.in_features for config in self.configs.values())
+        if self.dense.device.type == "cpu" and largest <= MOST_IN_FEATURES:
+            return side_by_side(tasks)
+        return (task() for task in tasks)
+
+    def _linear(
+        self, n: int, name: str, weight: Tensor, hessian: Tensor, progress: RunProgress
     ) -> tuple[QuantizedLinear, dict[str, Any]]:
-        """One linear layer, and what to report: the proxy error and the seconds of each step."""
+        """A linear layer of decoder layer n, and what to report: the proxy error and the seconds of each
+        step."""
         errors: dict[str, float] = {}
         seconds: dict[str, float] = {}
         begin = time.monotonic()
+        problem = Problem.of(
+            weight, hessian.to(weight.device), self.options.damping, f"tensor model.layers.{n}.{name}.weight"
+        )
 
-        def step(name: str, layer: QuantizedLinear) -> None:
-            errors[name] = problem.relative_error(layer.weight())
-            seconds[name] = time.monotonic() - begin - sum(seconds.values())
+        def step(done: str, layer: QuantizedLinear) -> None:
+            errors[done] = problem.relative_error(layer.weight())
+            seconds[done] = time.monotonic() - begin - sum(seconds.values())
 
+        def show(what: str) -> None:
+            progress.show(f"layer {n}: {name}, {what}")
+
+        # Seeded one by one: in which order they are done, and in how many runs, does not matter.
+        seed = int(
+            np.random.SeedSequence([self.options.seed, n, [*LINEARS].index(name)]).generate_state(1)[0]
+        )
         generator = torch.Generator().manual_seed(seed)
-        layer = quantize_linear(problem, config, self.options, self.dtype, generator, step, show)
+        layer = quantize_linear(problem, self.configs[name], self.options, self.dtype, generator, step, show)
         if self.options.finetune:
             layer = finetune_linear(problem, layer, self.dtype, step, show)
         return layer, {"proxy_error": errors, "seconds": seconds}
