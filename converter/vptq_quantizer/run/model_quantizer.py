@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from vptq_converter.checkpoint import Checkpoint
 from vptq_converter.layer import LayerConfig
 
 from vptq_quantizer.calibration.hessians import HESSIAN_OF, HessianStore, collect, model_key
+from vptq_quantizer.calibration.sequential import GROUPS, Streams, target
 from vptq_quantizer.calibration.text import Calibration, check_context, read_calibration
 from vptq_quantizer.dense_model import DenseModel, linears
 from vptq_quantizer.layers.finetune import finetune_linear
@@ -84,6 +86,13 @@ def quantize(
         _warn_of_text(text, options, configs, warn)
     elif options.end_to_end:
         raise OptionError("--end-to-end: found no --calibration, expected text to train on")
+    elif options.sequential:
+        raise OptionError("--sequential: found no --calibration, expected text to run through the model")
+    if options.sequential and hessians is not None:
+        raise OptionError(
+            "--hessians: found --sequential, too, expected one of them: those that are kept are of the dense "
+            "model's inputs"
+        )
     model = model_key(checkpoint)
     store = None
     source = text.key if text else None
@@ -115,7 +124,8 @@ class _Run:
         layer_size = sum(config.out_features * config.in_features for config in self.configs.values())
         all_wanted, before = len(wanted) * layer_size, (len(wanted) - len(pending)) * layer_size
         with RunProgress(all_wanted, before, self.tell) as progress:
-            for n, part in self.parts(pending, progress):
+            parts = self.sequential_parts if self.options.sequential else self.parts
+            for n, part in parts(pending, progress, writer):
                 writer.write(n, part)
         reports = [writer.read(n, with_tensors=False).report for n in sorted(done.union(pending))]
         options = asdict(self.options)
@@ -128,12 +138,65 @@ class _Run:
             writer.finish(self.dense, self.dtype, self.entries(), report)
         return report
 
-    def parts(self, pending: Sequence[int], progress: RunProgress) -> Iterator[tuple[int, Part]]:
+    def parts(
+        self, pending: Sequence[int], progress: RunProgress, _: CheckpointWriter
+    ) -> Iterator[tuple[int, Part]]:
         """Quantises the decoder layers `pending` (numbers that rise), one in memory at a time."""
         begin = time.monotonic()
         for n, layer, hessians in self._layers(pending, progress):
-            yield n, self._part(n, layer, hessians, begin, progress)
+            wanted = {name: (m.weight, hessians[HESSIAN_OF[name]]) for name, m in linears(layer).items()}
+            yield n, self._part(n, layer, [wanted], lambda _: None, begin, progress)
             begin = time.monotonic()
+
+    def sequential_parts(
+        self, pending: Sequence[int], progress: RunProgress, writer: CheckpointWriter
+    ) -> Iterator[tuple[int, Part]]:
+        """The same with the inputs that the quantised layers before give: calibration/sequential.py.
+
+        Layers that are finished are read, so that those after see what a whole run would show them.
+        """
+        if not pending:
+            return
+        lacking = [n for n in range(pending[-1]) if n not in pending and not writer.has(n)]
+        if lacking:
+            raise OptionError(
+                f"--layers: found layer {lacking[0]} not finished, expected all before layer {pending[-1]}: "
+                "--sequential does them in turn"
+            )
+        assert self.text is not None
+        dense = self.dense.embed(self.text.windows)
+        quantised = dense.clone()
+        for n in range(pending[-1] + 1):
+            begin = time.monotonic()
+            progress.show(f"layer {n}: calibration")
+            layer = self.dense.load_layer(n)
+            streams = Streams(self.dense, dense, quantised, n, layer, copy.deepcopy(layer))
+            if n in pending:
+                groups = self._sequential_groups(streams)
+                yield n, self._part(n, layer, groups, streams.replace, begin, progress)
+            else:
+                streams.replace(self._finished(n, writer))
+            if n != pending[-1]:
+                streams.advance()
+
+    def _sequential_groups(self, streams: Streams) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        modules = linears(streams.dense_layer)
+        for of, names in GROUPS.items():
+            hessian, cross = streams.statistics(of)
+            yield {
+                name: (target(modules[name].weight, hessian, cross, self.options.damping), hessian)
+                for name in names
+            }
+
+    def _finished(self, n: int, writer: CheckpointWriter) -> dict[str, Tensor]:
+        """The weights that a finished decoder layer's linear layers stand for, by their path in it."""
+        tensors = writer.read(n).tensors
+        weights = {}
+        for name, config in self.configs.items():
+            prefix = f"model.layers.{n}.{name}."
+            fields = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            weights[name] = QuantizedLinear.from_tensors(config, fields).weight().to(self.dense.device)
+        return weights
 
     def _layers(
         self, pending: Sequence[int], progress: RunProgress
@@ -173,11 +236,16 @@ class _Run:
         self,
         n: int,
         layer: nn.Module,
-        hessians: Mapping[str, Tensor],
+        groups: Iterable[Mapping[str, tuple[Tensor, Tensor]]],
+        use: Callable[[dict[str, Tensor]], None],
         begin: float,
         progress: RunProgress,
     ) -> Part:
-        """Decoder layer n, quantised; begin: when work on it began."""
+        """Decoder layer n, quantised; begin: when work on it began.
+
+        groups: one after the other, linear layers by name, the weight that each is to stand for and its
+        Hessian. use is given a group's quantised weights before the next group is asked for.
+        """
         modules = linears(layer)
         tensors = {
             name: stored(self.dense.checkpoint.tensor(name), self.dtype)
@@ -185,16 +253,17 @@ class _Run:
             if name.removeprefix(f"model.layers.{n}.").removesuffix(".weight") not in modules
         }
         reports = {}
-        tasks = [
-            partial(self._linear, n, name, linear.weight, hessians[HESSIAN_OF[name]], progress)
-            for name, linear in modules.items()
-        ]
-        for name, (quantised, report) in zip(modules, self._done(tasks), strict=True):
-            fields = quantised.tensors(self.dtype)
-            reports[name] = report | _bits(fields, self.configs[name])
-            tensors |= {f"model.layers.{n}.{name}.{field}": tensor for field, tensor in fields.items()}
-            error = list(report["proxy_error"].values())[-1]
-            progress.advance(f"layer {n}: {name}: proxy error {error:.4f}", modules[name].weight.numel())
+        for group in groups:
+            tasks = [partial(self._linear, n, name, *wanted, progress) for name, wanted in group.items()]
+            weights = {}
+            for name, (quantised, report) in zip(group, self._done(tasks), strict=True):
+                weights[name] = quantised.weight()
+                fields = quantised.tensors(self.dtype)
+                reports[name] = report | _bits(fields, self.configs[name])
+                tensors |= {f"model.layers.{n}.{name}.{field}": tensor for field, tensor in fields.items()}
+                error = list(report["proxy_error"].values())[-1]
+                progress.advance(f"layer {n}: {name}: proxy error {error:.4f}", modules[name].weight.numel())
+            use(weights)
         return Part(tensors, {"layer": n, "seconds": time.monotonic() - begin, "linears": reports})
 
     def _done(self, tasks: Sequence[Callable[[], Result]]) -> Iterable[Result]:
