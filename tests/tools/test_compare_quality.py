@@ -175,16 +175,16 @@ def test_models_by_their_options(
     another directory measures the same models on another text."""
     lines, models = tmp_path / "lines.txt", tmp_path / "models"
     lines.write_text(
-        "# what is tried\n\nsmall: --vector-len 4 --centroids 16 --no-normalize | --embedding-type f32\n"
+        "# what is tried\n\nsmall: --vector-len 4 --centroids 16 --no-normalize | --embedding-type f16\n"
     )
     options = ["--quants", "--options", str(lines), "--models", str(models), "--md"]
     assert run(files, tmp_path / "one", *options) == 0
     rows = [row for row in capfd.readouterr().out.splitlines() if row.startswith("| small | options | ")]
     small = json.loads((tmp_path / "one" / "report.json").read_text())["measured"][-1]
     file = models / "small.gguf"
-    assert small["options"] == "--vector-len 4 --centroids 16 --no-normalize | --embedding-type f32"
+    assert small["options"] == "--vector-len 4 --centroids 16 --no-normalize | --embedding-type f16"
     assert small["file_bytes"] == file.stat().st_size and f"| {file.stat().st_size / 1e6:.1f} |" in rows[0]
-    assert small["bits"] == bits_of_blocks(file) and read_facts(file).embedding_type == "F32"
+    assert small["bits"] == bits_of_blocks(file) and read_facts(file).embedding_type == "F16"
     assert small["kl_divergence"] > 0
     made = (models / "small" / "report.json").stat()
     text = files / "other.txt"
