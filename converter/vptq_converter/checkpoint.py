@@ -48,7 +48,7 @@ FLOAT_TYPES = ("F16", "BF16", "F32")
 
 @dataclass(frozen=True)
 class Stamp:
-    """A file as it was when it was opened: a run reads it for hours, and whoever changes it meanwhile is told."""
+    """A file as it was when it was opened: a run reads it for hours, and must see the same all the time."""
 
     path: Path
     size: int
@@ -75,8 +75,8 @@ class Stamp:
 
     def _changed(self, found: str) -> FileError:
         return FileError(
-            f"{self.path}: found {found}, expected the {self.size} bytes from before: it was changed while it "
-            "was read"
+            f"{self.path}: found {found}, expected the {self.size} bytes from before: it was changed "
+            "while it was read"
         )
 
 
@@ -243,8 +243,8 @@ class Checkpoint:
         return self.directory / file_name
 
     def open(self, file_name: str) -> BinaryIO:
-        """A file beside the weights; raises FileError for one that cannot be read, or has changed since it was
-        read before."""
+        """A file beside the weights; raises FileError for one that cannot be read, or was changed since
+        it was opened first."""
         path = self.directory / file_name
         if path.exists() and not path.is_file():  # a pipe would block
             raise FileError(f"{path}: found something that is not a regular file")

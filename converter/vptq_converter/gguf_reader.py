@@ -98,8 +98,8 @@ def row_major(tensor: ReaderTensor) -> tuple[int, ...]:
 
 
 def check_blocks(path: Path, tensor: ReaderTensor) -> None:
-    """Refuses a tensor whose rows are not whole blocks of its type, or whose bytes are not those of its shape:
-    the library's own product may have overflowed."""
+    """Refuses a tensor whose rows are not whole blocks of its type, or whose bytes are not those of its
+    shape: the library's own product may have overflowed."""
     shape = row_major(tensor)
     block, block_bytes = GGML_QUANT_SIZES[tensor.tensor_type]
     where = f"{path}: tensor {printable(tensor.name)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ _IN_LAYER = {gguf_name: name for name, gguf_name in (LINEARS | NORMS).items()}
 
 @dataclass(frozen=True)
 class GgufTensor(Tensor):
-    """A tensor whose numbers are made of the file's: of blocks of a quantised type, or in another order of rows.
+    """A tensor whose numbers are made of the file's: of quantised blocks, or in another order of rows.
 
     `dtype` is F32, what it gives; `start` and `nbytes` are those of the file.
     """
@@ -158,7 +157,8 @@ def _parts(path: Path, reader: CheckedReader, keys: Section) -> Iterator[tuple[P
     match = SPLIT_NAME.fullmatch(path.name)
     if count > MAX_SPLIT or not match or int(match[3]) != count or int(match[2]) != 1:
         raise FileError(
-            f"{path}: found one of {count} files, expected the first one's name to end in -00001-of-{count:05}.gguf"
+            f"{path}: found one of {count} files, expected the first, with a name that ends in "
+            f"-00001-of-{count:05}.gguf"
         )
     for n in range(2, count + 1):
         file = path.with_name(f"{match[1]}-{n:05}-of-{count:05}.gguf")
@@ -177,7 +177,7 @@ def _shard(path: Path) -> Shard:
 
 
 def _tensor(name: str, shard: Shard, tensor: ReaderTensor, heads: Mapping[str, int]) -> tuple[str, Tensor]:
-    """A tensor under its Hugging Face name; heads: how many of them a layer's rows are in another order for."""
+    """A tensor under its Hugging Face name; heads: how many, of layers with rows in another order."""
     shape, type = row_major(tensor), tensor.tensor_type
     place: dict[str, Any] = {
         "name": hugging_face_name(name), "shard": shard, "shape": shape,
@@ -202,8 +202,8 @@ def _check_readable(tensor: GgufTensor) -> None:
     if tensor.type not in dequantised_types():
         known = ", ".join(type.name for type in dequantised_types())
         raise UnsupportedError(
-            f"{tensor.shard.path}: tensor {printable(tensor.name)}: type {tensor.type.name} is not supported, "
-            f"only {known}"
+            f"{tensor.shard.path}: tensor {printable(tensor.name)}: type {tensor.type.name} is not "
+            f"supported, only {known}"
         )
 
 

@@ -30,7 +30,7 @@ LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR = 1.0, 4.0
 
 
 def architecture(keys: Section) -> str:
-    """`general.architecture`; raises FileError or UnsupportedError for what is no dense model of a known one."""
+    """`general.architecture`; raises FileError, UnsupportedError for other than a dense model of these."""
     name = keys.values.get("general.architecture")
     if "vptq.version" in keys.values:
         raise UnsupportedError(
@@ -54,8 +54,8 @@ def config_values(
 ) -> dict[str, Any]:
     """config.json of the model; the token ids of the tokenizer are not in it.
 
-    shapes: row-major, of every tensor by its GGUF name. rope_freqs: (head_dim / 2,), or None. Raises FileError
-    for keys that are missing or out of range, UnsupportedError for a RoPE that is not known.
+    shapes: row-major, of every tensor by its GGUF name. rope_freqs: (head_dim / 2,), or None. Raises
+    FileError for keys that are missing or out of range, UnsupportedError for a RoPE that is not known.
     """
     arch = architecture(keys)
     embedding = shapes.get("token_embd.weight", ())
@@ -181,7 +181,7 @@ def _window(keys: Section, arch: str, n_layer: int, n_tensors: int) -> dict[str,
         values |= {"max_window_layers": 0, "layer_types": types}
     elif "full_attention" in types:
         raise UnsupportedError(
-            f"{keys.path}: {arch}.attention.sliding_window_pattern: windows in some layers are not supported, "
-            "only in all or none"
+            f"{keys.path}: {arch}.attention.sliding_window_pattern: windows in some layers are not "
+            "supported, only in all or none"
         )
     return values

@@ -1,8 +1,8 @@
 """`tokenizer.ggml.*` of a dense GGUF file -> tokenizer.json and the files beside it.
 
-Built with the `tokenizers` library, by what llama.cpp does with these keys. transformers' own converter is of no
-use here: it cuts the text of several models as GPT-2's, and loses special tokens that have other letters than
-the byte-level alphabet's.
+Built with the `tokenizers` library, by what llama.cpp does with these keys. transformers' own converter is of
+no use here: it cuts the text of several models as GPT-2's, and loses special tokens that have other letters
+than the byte-level alphabet's.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def tokenizer_files(keys: Section, n_vocab: int) -> dict[str, str]:
 
 
 def token_ids(keys: Section, n_tokens: int) -> dict[str, int | list[int]]:
-    """`bos_token_id`, `eos_token_id` (a list where several tokens end a text) and `pad_token_id`, as config.json
-    has them; raises FileError."""
+    """`bos_token_id`, `eos_token_id` (a list where several tokens end a text) and `pad_token_id`, as
+    config.json has them; raises FileError."""
     ids = _special_ids(keys, n_tokens, keys.values.get(f"{PREFIX}model") == "llama")
     result: dict[str, int | list[int]] = {}
     ends = list(dict.fromkeys(ids[name] for name in END_IDS if name in ids))
@@ -106,10 +106,9 @@ def _strings(keys: Section, name: str) -> list[str]:
     values = keys.values.get(f"{PREFIX}{name}")
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise keys.error(f"{PREFIX}{name}", values, "an array of strings")
-    if any(len(value) > 2 * MAX_TOKEN for value in values):
-        raise FileError(
-            f"{keys.path}: {PREFIX}{name}: found {max(map(len, values))} characters, expected at most {MAX_TOKEN}"
-        )
+    longest, most = max(map(len, values), default=0), 2 * MAX_TOKEN + 1  # a merge is two tokens and a space
+    if longest > most:  # merges are sought in each of a token's places
+        raise FileError(f"{keys.path}: {PREFIX}{name}: found {longest} characters, expected at most {most}")
     return values
 
 
@@ -168,7 +167,7 @@ def _byte_level(keys: Section, vocab: dict[str, int]) -> Tokenizer:
     prefix = keys.boolean(f"{PREFIX}add_space_prefix", default=False)
     split = PRE_TOKENIZERS[pre]
     by_itself = split in (ALONE, TOGETHER)
-    steps = [pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=by_itself)]
+    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=by_itself)]
     if split == ALONE:
         steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
     elif not by_itself:
@@ -189,10 +188,6 @@ def _pairs(keys: Section, merges: list[tuple[str, ...]]) -> list[tuple[str, str]
 
 def _sentencepiece(keys: Section, vocab: dict[str, int], tokens: list[str], unknown: str | None) -> Tokenizer:
     """SentencePiece's BPE: the tokens' scores say what is merged first; bytes have tokens of their own."""
-    if max(map(len, tokens)) > MAX_TOKEN:  # merges are sought in each of its places
-        raise FileError(
-            f"{keys.path}: {PREFIX}tokens: found {max(map(len, tokens))} characters, expected at most {MAX_TOKEN}"
-        )
     if f"{PREFIX}merges" in keys.values:
         merges = _pairs(keys, [tuple(merge.split(" ")) for merge in _strings(keys, "merges")])
     else:
@@ -203,8 +198,8 @@ def _sentencepiece(keys: Section, vocab: dict[str, int], tokens: list[str], unkn
         models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
     prefix = keys.boolean(f"{PREFIX}add_space_prefix", default=True)
-    to_marks = [normalizers.Replace(" ", "\u2581")]
-    to_text = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    to_marks: list[Any] = [normalizers.Replace(" ", "\u2581")]
+    to_text: list[Any] = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix:
         to_marks.insert(0, normalizers.Prepend("\u2581"))
         to_text.append(decoders.Strip(content=" ", left=1, right=0))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from vptq_converter.checkpoint import Checkpoint
+from vptq_converter.dense_gguf.checkpoint import open_checkpoint
 from vptq_converter.layer import LayerConfig
 
 from vptq_quantizer.calibration.hessians import HESSIAN_OF, HessianStore, collect, model_key
@@ -24,11 +25,13 @@ from vptq_quantizer.layers.layer_quantizer import Problem, quantize_linear
 from vptq_quantizer.layers.quantized_linear import QuantizedLinear, config_entry
 from vptq_quantizer.options import QuantizeOptions, option_error
 from vptq_quantizer.run.checkpoint_writer import CheckpointWriter, Part, copied_files, stored
-from vptq_quantizer.run.report import run_report
+from vptq_quantizer.run.report import run_report, source_of
 from vptq_quantizer.training.end_to_end import tune
 from vptq_runtime.commands.progress import RunProgress
 from vptq_runtime.errors import OptionError, OutOfMemoryError, UnsupportedError
 from vptq_runtime.evaluate.dense_model import is_out_of_memory
+
+FULL_BITS = 16  # a source of fewer bits a weight has been quantised already
 
 
 @contextmanager
@@ -44,7 +47,7 @@ def _memory_errors() -> Iterator[None]:
 
 @_memory_errors()
 def quantize(
-    model_dir: str | Path,
+    dense_model: str | Path,
     out_dir: str | Path,
     options: QuantizeOptions,
     *,
@@ -55,7 +58,7 @@ def quantize(
     warn: Callable[[str], None] = lambda message: None,
     tell: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
-    """Quantises the dense checkpoint model_dir (a directory, or what else vptq-convert takes) into out_dir.
+    """Quantises dense_model (a directory, a repo id of the hub, a dense GGUF file) into out_dir.
 
     calibration: text files; may be empty where `hessians`, a directory, has them all. layers: the first and
     the last decoder layer to do; the checkpoint is put together by whoever finds all parts in out_dir/.parts.
@@ -65,9 +68,16 @@ def quantize(
     Returns what report.json says: "layers" (report.py), the summary, "finished". Raises VPTQError for
     whatever is wrong with the model, the text, the options or the disk; what is finished stays.
     """
-    checkpoint = Checkpoint(model_dir)
+    checkpoint = open_checkpoint(dense_model)
     copied_files(checkpoint)  # what is wrong with them is better said before the work
     dense = DenseModel(checkpoint, _device(device))
+    stored_as = source_of(dense.model)
+    if stored_as["bits_per_weight"] < FULL_BITS:
+        types = ", ".join(stored_as["types"])
+        warn(
+            f"{checkpoint.name}: found weights of {stored_as['bits_per_weight']:.3g} bits ({types}) as the "
+            "source: what they have lost already stays lost, and errors are measured from them"
+        )
     # The smallest first: an error about a size names one that suits all.
     shapes = sorted(dense.linear_shapes().items(), key=lambda item: prod(item[1]))
     configs = {name: options.layer_config(name, *shape) for name, shape in shapes}
@@ -118,7 +128,8 @@ class _Run:
         options = asdict(self.options)
         if self.text is None:  # what Hessians from disk are of is not known
             options |= {"samples": None, "seq_len": None}
-        report = run_report(self.dense.checkpoint.name, options, n_layers, reports)
+        source = source_of(self.dense.model)
+        report = run_report(self.dense.checkpoint.name, source, options, n_layers, reports)
         if report["finished"]:
             if self.options.end_to_end and self.text is not None:
                 report["end_to_end"] = self.tune(writer, self.text)

@@ -57,8 +57,8 @@ def link(path: Path, target: Path) -> None:
 
 
 def copy(source: BinaryIO, target: Path, name: str) -> None:
-    """A copy of an open file, which errors call `name`; raises FileError, and leaves what stood there, when it
-    cannot be made."""
+    """A copy of an open file, which errors call `name`; raises FileError, and leaves what stood there, when
+    it cannot be made."""
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
