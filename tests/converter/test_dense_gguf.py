@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,22 @@ from typing import Any
 import gguf_models
 import numpy as np
 import pytest
-from checkpoints import read_tensors, write_checkpoint
+from checkpoints import write_checkpoint
 from configurations import ARCHITECTURES, CONFIGURATIONS, EOS_IDS
 from converted import change_json
 from dense_models import write_dense
-from gguf import GGMLQuantizationType, GGUFValueType, TokenType, quants
+from gguf import GGMLQuantizationType, GGUFValueType, quants
 from gguf_models import Keys, Tensors, changed, export, requantise
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from vptq_converter import convert
 from vptq_converter.architectures import read_model
 from vptq_converter.checkpoint import Checkpoint
@@ -30,7 +40,7 @@ FLOAT32, BOOL = GGUFValueType.FLOAT32, GGUFValueType.BOOL
 TEXTS = [
     "the quick brown fox  jumps\n\n\tover 12 345   678 lazy dogs",
     "def f(x):\n    return {'a': x ** 2, \"b\": [1, 2]}  # it's\r\n",
-    "Привет, мир! 你好，世界 नमस्ते שלום مرحبا こんにちは 🎉👩‍👩‍👧 café naïve e\u0301",
+    "Привет, мир! 你好世界 नमस्ते שלום مرحبا こんにちは 🎉👩‍👩‍👧 café naïve e\u0301",
     "<|bos|>user\nHi<|end_of_turn|>\n<|end_of_text|>",
     "",
     " ",
@@ -49,10 +59,8 @@ def file(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_export_is_the_checkpoint_again(name: str, tmp_path: Path) -> None:
-    """In F32, q8_0 or whatever: the numbers that are exported, in Hugging Face's order; the same model."""
+    """The numbers that were exported, in Hugging Face's order; the same hyperparameters, to the bit."""
     dense = write_dense(tmp_path / "dense", name)
-    if name == "qwen2-window" or (name.startswith("llama3") and "qwen" in name):
-        pytest.importorskip("transformers")
     convert(dense, tmp_path / "model.gguf", dequantize="bf16")
     found, expected = GgufCheckpoint(tmp_path / "model.gguf"), Checkpoint(dense)
     ours, theirs = read_model(found), read_model(expected)
@@ -104,7 +112,7 @@ def test_every_type_is_what_the_library_makes_of_it(
         assert np.array_equal(tensor.finite(), expected)
         assert np.array_equal(tensor.finite(slice(3, 17)), expected[3:17])
         assert np.array_equal(tensor.finite(np.array([5, 1, 5])), expected[[5, 1, 5]])
-        assert b"".join(chunk.tobytes() for chunk in tensor.chunks())[: tensor.nbytes or None]
+        assert b"".join(chunk.tobytes() for chunk in tensor.chunks()) == tensor.array().tobytes()
         tensor.release()
 
 
@@ -185,10 +193,7 @@ def test_the_tokenizer_is_the_checkpoints(dense: Path, file: Path) -> None:
 
 def with_tokenizer(dense: Path, tokenizer: Tokenizer, directory: Path) -> Path:
     """A dense model with that tokenizer, exported."""
-    copy = directory / "dense"
-    copy.mkdir()
-    for path in dense.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
+    copy = shutil.copytree(dense, directory / "dense")
     tokenizer.save(str(copy / "tokenizer.json"))
     return export(copy, directory / "model.gguf")
 
@@ -226,9 +231,9 @@ def test_how_text_is_cut(pre: str, dense: Path, tmp_path: Path) -> None:
 
 
 def test_special_tokens_of_letters_that_bytes_do_not_have(dense: Path, tmp_path: Path) -> None:
-    tokenizer = trained(SPLITS["gpt-2"](), special="<｜begin▁of▁sentence｜>")
+    tokenizer = trained(SPLITS["gpt-2"](), special="<\uff5cbegin\u2581of\uff5c>")
     path = with_tokenizer(dense, tokenizer, tmp_path)
-    encodes_as(GgufCheckpoint(path), tokenizer, ["<｜begin▁of▁sentence｜>the fox", *TEXTS])
+    encodes_as(GgufCheckpoint(path), tokenizer, ["<\uff5cbegin\u2581of\uff5c>the fox", *TEXTS])
 
 
 @pytest.mark.parametrize("pre", ["llama-bpe", "qwen2", "tekken"])
@@ -272,8 +277,6 @@ def sentencepiece_tokenizer() -> Tokenizer:
         for i in range(1, len(token))
         if token[:i] in vocab and token[i:] in vocab
     ]
-    from tokenizers import normalizers, processors
-
     tokenizer = Tokenizer(
         models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
@@ -290,7 +293,10 @@ def sentencepiece_tokenizer() -> Tokenizer:
 
 def test_sentencepiece(dense: Path, tmp_path: Path) -> None:
     tokenizer = sentencepiece_tokenizer()
-    path = with_tokenizer(dense, tokenizer, tmp_path)
+    source = tmp_path / "sentencepiece"
+    shutil.copytree(dense, source)
+    change_json(source / "tokenizer_config.json", lambda c: c.update(bos_token="<s>", eos_token="</s>"))
+    path = with_tokenizer(source, tokenizer, tmp_path)
     assert "tokenizer.ggml.merges" not in gguf_models.read(path)[0]  # they follow from the scores
     encodes_as(GgufCheckpoint(path), tokenizer, [*TEXTS, "the quick  brown</s> the", "<s>the", "<unk>"])
 
@@ -377,7 +383,7 @@ def retype(name: str, type: GGMLQuantizationType, shape: tuple[int, ...], n_byte
         (
             key("tokenizer.ggml.tokens", ["a"] * 328, ARRAY, STRING),
             FileError,
-            "found a 320 times, expected each",
+            "found a 305 times, expected each",
         ),
         (
             key("tokenizer.ggml.tokens", ["a"] * 400, ARRAY, STRING),
@@ -478,7 +484,7 @@ def test_a_vptq_file(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "model.gguf")
 
 
-def test_a_file_that_changes(file: Path, dense: Path, tmp_path: Path) -> None:
+def test_a_file_that_changes(file: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(file.read_bytes())
     tensor = GgufCheckpoint(path).tensor("model.norm.weight")
@@ -491,5 +497,3 @@ def test_a_file_that_changes(file: Path, dense: Path, tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(FileError, match="found no file, expected the"):
         tensor.finite()
-    assert read_tensors(dense)  # the module's model is as it was
-    assert TokenType.CONTROL == 3
