@@ -113,7 +113,7 @@ def test_few_bits_are_said(text: Path, tmp_path: Path) -> None:
     report = quantize(
         source, tmp_path / "out", SMALL, calibration=[text], layers=(0, 0), warn=warnings.append
     )
-    assert warnings[0].startswith("dense: found weights of 5 bits (Q4_1) as the source: ")
+    assert warnings[0].startswith("q4: found weights of 5 bits (Q4_1) as the source: ")
     assert report["source"] == {"bits_per_weight": 5.0, "types": {"Q4_1": 14}}
 
 
@@ -121,7 +121,7 @@ def test_the_command(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     source = q8_0(tmp_path)
     options = ["--vector-len", "4", "--centroids", "16", "--samples", "8", "--seq-len", "48", "--layers", "0"]
     assert main([str(source), str(tmp_path / "out"), *options, "--calibration", str(text)]) == 0
-    assert "warning: dense: found weights of 8.5 bits (Q8_0) as the source" in capsys.readouterr().err
+    assert "warning: model: found weights of 8.5 bits (Q8_0) as the source" in capsys.readouterr().err
     source.write_bytes(b"GGUF")
     assert main([str(source), str(tmp_path / "new"), *options, "--calibration", str(text)]) == 1
     assert capsys.readouterr().err.count("\n") == 1

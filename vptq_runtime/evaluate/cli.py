@@ -38,8 +38,8 @@ over windows; with llama.cpp it takes the tokens as independent, as there, and i
 
 --compare takes a GGUF file as -m does, and runs it with the same options; or the directory of a dense
 checkpoint or a dense GGUF file of llama.cpp, which transformers runs (pip install "vptq-runtime[quantize]")
-with all weights in memory: the file that vptq-convert makes of a directory is mapped, and needs no PyTorch. The KL divergence is KL(OTHER || model),
-the ratio the model's perplexity over OTHER's.
+with all weights in memory: the file that vptq-convert makes of a directory is mapped, and needs no PyTorch.
+The KL divergence is KL(OTHER || model), the ratio the model's perplexity over OTHER's.
 
   vptq-perplexity -m model.gguf wiki.test.raw -c 2048
   vptq-perplexity -m model.gguf wiki.test.raw -c 2048 --compare ./Llama-3.1-8B --windows 20

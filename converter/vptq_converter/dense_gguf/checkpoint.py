@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -82,8 +83,8 @@ class GgufCheckpoint(Checkpoint):
         self.weights = path
         self.directory = path.parent
         self._stamps: dict[Path, Stamp] = {}
-        self.name = str(keys.values.get("general.name") or path.stem)
-        self.name = printable(self.name.encode(errors="replace").decode())
+        split = SPLIT_NAME.fullmatch(path.name)
+        self.name = os.fsencode(split[1] if split else path.stem).decode(errors="replace")
         found = _all_tensors(path, reader, keys)
         shapes = {name: row_major(tensor) for name, (_, tensor) in found.items()}
         freqs = _vector(*found[ROPE_FREQS]) if ROPE_FREQS in found else None

@@ -76,7 +76,7 @@ def quantize(
         types = ", ".join(stored_as["types"])
         warn(
             f"{checkpoint.name}: found weights of {stored_as['bits_per_weight']:.3g} bits ({types}) as the "
-            "source: what they have lost already stays lost, and errors are measured from them"
+            "source: what they have lost stays lost, and errors are measured from them"
         )
     # The smallest first: an error about a size names one that suits all.
     shapes = sorted(dense.linear_shapes().items(), key=lambda item: prod(item[1]))
