@@ -121,8 +121,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
     Raises FileError and UnsupportedError as the two kinds do.
     """
-    path = Path(source)
-    return GgufCheckpoint(path) if path.suffix == ".gguf" and path.exists() else Checkpoint(source)
+    return GgufCheckpoint(source) if Path(source).suffix == ".gguf" else Checkpoint(source)
 
 
 def hugging_face_name(name: str) -> str:
