@@ -55,9 +55,13 @@ def test_imports_are_found() -> None:
     assert Import("vptq_runtime.evaluate.cli", "vptq_runtime.runtime.Runtime", True) in ALL
 
 
-def test_only_synthetic_models_and_conversions_need_the_converter() -> None:
+def test_only_synthetic_models_conversions_and_dense_files_need_the_converter() -> None:
     users = {i.module for i in ALL if within(i.name, *CONVERTER) and not within(i.module, *CONVERTER)}
-    assert users == {"vptq_runtime.bench.synthetic", "vptq_runtime.models.conversion"}
+    assert users == {
+        "vptq_runtime.bench.synthetic",
+        "vptq_runtime.models.conversion",
+        "vptq_runtime.evaluate.dense_gguf",
+    }
 
 
 def test_the_engine_knows_nothing_that_is_built_on_it() -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from vptq_converter.checkpoint import Checkpoint, is_hub_id
+from vptq_converter.checkpoint import is_hub_id
+from vptq_converter.dense_gguf.checkpoint import open_checkpoint
 
 from vptq_quantizer.options import DEFAULT_BITS, DEFAULT_SEQ_LEN, OPTION_NAMES, QuantizeOptions
 from vptq_quantizer.run.report import check_plot, plan_table, plot, table
@@ -25,7 +26,10 @@ def _parser() -> argparse.ArgumentParser:
         "takes from there. A run that was interrupted goes on where it was.",
     )
     parser.add_argument(
-        "model", metavar="MODEL_DIR", help="a directory with config.json, *.safetensors and tokenizer.json"
+        "model",
+        metavar="SOURCE",
+        help="a directory with config.json, *.safetensors and tokenizer.json, a repo id of the hub, or a "
+        "dense GGUF file of llama.cpp",
     )
     parser.add_argument("out", metavar="OUT_DIR", help="a new directory, or that of a run to go on with")
     default = QuantizeOptions()
@@ -158,7 +162,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _check_paths(arguments: argparse.Namespace) -> None:
     """What is wrong with them is said before torch is loaded."""
     if not is_hub_id(arguments.model):
-        Checkpoint(arguments.model)
+        open_checkpoint(arguments.model)
     for file in arguments.calibration:
         if not Path(file).exists():
             raise FileError(f"--calibration: {file}: no such file")

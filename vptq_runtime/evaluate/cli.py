@@ -38,9 +38,10 @@ llama-perplexity does. Figures of the two do not compare, nor do those of other 
 over windows; with llama.cpp it takes the tokens as independent, as there, and is smaller than the truth.
 
 --compare takes a GGUF file or owner/model as -m does, and runs it with the same options; or the directory
-of a dense checkpoint, which transformers runs (pip install "vptq-runtime[quantize]") with all weights in
-memory: the file that vptq-convert makes of one is mapped, and needs no PyTorch. The KL divergence is
-KL(OTHER || model), the ratio the model's perplexity over OTHER's.
+of a dense checkpoint or a dense GGUF file of llama.cpp, which transformers runs
+(pip install "vptq-runtime[quantize]") with all weights in memory: the file that vptq-convert makes of a
+directory is mapped, and needs no PyTorch. The KL divergence is KL(OTHER || model), the ratio the model's
+perplexity over OTHER's.
 
 --multiple-choice takes a file of items in place of texts, a JSON object in each line: context, choices
 (texts, with the space that they begin with), answer (the index of the right one). acc is how often the right
@@ -224,9 +225,9 @@ def _reference(runtime: Runtime, arguments: argparse.Namespace) -> Iterator[Runt
         yield None
         return
     with command.options_as_typed({"path": "--compare"}, {}):
-        if not arguments.compare or not Path(arguments.compare).is_dir():
+        if not _is_dense(arguments.compare):
             if arguments.compare_dtype is not None:
-                raise OptionError("dtype: found no directory to compare with, expected a dense checkpoint's")
+                raise OptionError("dtype: found no dense model to compare with, expected one")
             with command.open_runtime(arguments.compare, arguments, n_ctx=runtime.n_ctx) as reference:
                 yield reference
             return
@@ -238,6 +239,15 @@ def _reference(runtime: Runtime, arguments: argparse.Namespace) -> Iterator[Runt
             dtype=arguments.compare_dtype or "float32",
             n_threads=arguments.n_threads,
         )
+
+
+def _is_dense(reference: str) -> bool:
+    """Whether transformers is to run it: a directory, or a file that vptq-convert has not made."""
+    if not reference or not Path(reference).is_file():
+        return bool(reference) and Path(reference).is_dir()
+    from vptq_runtime.evaluate.dense_gguf import is_dense_gguf
+
+    return is_dense_gguf(Path(reference))
 
 
 def _check_same_tokens(reference: Runtime | DenseModel, text: str, tokens: list[int]) -> None:

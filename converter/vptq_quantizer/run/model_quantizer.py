@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vptq_converter.architectures import LINEARS
 from vptq_converter.checkpoint import Checkpoint
 from vptq_converter.config import Section
+from vptq_converter.dense_gguf.checkpoint import open_checkpoint
 from vptq_converter.layer import LayerConfig
 
 from vptq_quantizer.calibration.hessians import HESSIAN_OF, HessianStore, collect, model_key
@@ -30,12 +31,14 @@ from vptq_quantizer.options import DEFAULT_BITS, QuantizeOptions, option_error
 from vptq_quantizer.planning.plan import Plan, uniform_plan
 from vptq_quantizer.planning.target import measure_costs
 from vptq_quantizer.run.checkpoint_writer import CheckpointWriter, Part, copied_files, earlier_plan, stored
-from vptq_quantizer.run.report import run_report
+from vptq_quantizer.run.report import run_report, source_of
 from vptq_quantizer.run.side_by_side import MOST_IN_FEATURES, Result, side_by_side
 from vptq_quantizer.training.end_to_end import tune
 from vptq_runtime.commands.progress import RunProgress
 from vptq_runtime.errors import OptionError, OutOfMemoryError, UnsupportedError
 from vptq_runtime.evaluate.dense_model import is_out_of_memory
+
+FULL_BITS = 16  # a source of fewer bits a weight has been quantised already
 
 
 @contextmanager
@@ -51,7 +54,7 @@ def _memory_errors() -> Iterator[None]:
 
 @_memory_errors()
 def quantize(
-    model_dir: str | Path,
+    dense_model: str | Path,
     out_dir: str | Path,
     options: QuantizeOptions,
     *,
@@ -63,7 +66,7 @@ def quantize(
     warn: Callable[[str], None] = lambda message: None,
     tell: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
-    """Quantises the dense checkpoint model_dir (a directory, or what else vptq-convert takes) into out_dir.
+    """Quantises dense_model (a directory, a repo id of the hub, a dense GGUF file) into out_dir.
 
     calibration: text files; may be empty where `hessians`, a directory, has them all. layers: the first and
     the last decoder layer to do; the checkpoint is put together by whoever finds all parts in out_dir/.parts.
@@ -77,9 +80,16 @@ def quantize(
     Returns what report.json says: "layers" (report.py), the summary, "finished". Raises VPTQError for
     whatever is wrong with the model, the text, the options or the disk; what is finished stays.
     """
-    checkpoint = Checkpoint(model_dir)
+    checkpoint = open_checkpoint(dense_model)
     copied_files(checkpoint)  # what is wrong with them is better said before the work
     dense = DenseModel(checkpoint, _device(device))
+    stored_as = source_of(dense.model)
+    if stored_as["bits_per_weight"] < FULL_BITS:
+        types = ", ".join(stored_as["types"])
+        warn(
+            f"{checkpoint.name}: found weights of {stored_as['bits_per_weight']:.3g} bits ({types}) as the "
+            "source: what they have lost stays lost, and errors are measured from them"
+        )
     options = options.for_model(dense.model.hyperparameters.n_ctx_train)
     plan = uniform_plan(options, dense.n_layers, dense.linear_shapes()) if options.by_hand else None
     wanted = _range(layers, dense.n_layers)
@@ -179,7 +189,8 @@ class _Run:
         options = asdict(self.options)
         if self.text is None:  # what Hessians from disk are of is not known
             options |= {"samples": None, "seq_len": None}
-        report = run_report(self.dense.checkpoint.name, options, n_layers, reports)
+        source = source_of(self.dense.model)
+        report = run_report(self.dense.checkpoint.name, source, options, n_layers, reports)
         if report["finished"]:
             if self.options.end_to_end and self.text is not None:
                 report["end_to_end"] = self.tune(writer, self.text)
