@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from feeding import all_logits
 from gpu import need_gpu
-from layer_tensors import Raw, raw, vptq_layer
+from layer_tensors import MATRIX_TYPES, Raw, raw, vptq_layer
 from tiny_gguf import KEYS, tensors, write
 
 from vptq_runtime import _native, demo_path
 from vptq_runtime.errors import DeviceError
 
 N_FEATURES = 96  # of all layers' inputs and outputs
-DENSE = ("f32", "f16", "bf16", "q8_0")
 VPTQ: list[dict[str, Any]] = [
     dict(v=2, k=16),
     dict(v=3, k=5, dtype="f32"),
@@ -42,7 +41,7 @@ VPTQ: list[dict[str, Any]] = [
 def layers() -> list[dict[str, Raw]]:
     """One layer (N_FEATURES, N_FEATURES) of each kind."""
     rng = np.random.default_rng(0)
-    found = [{"weight": raw(rng.normal(size=(N_FEATURES, N_FEATURES)), dtype)} for dtype in DENSE]
+    found = [{"weight": raw(rng.normal(size=(N_FEATURES, N_FEATURES)), dtype)} for dtype in MATRIX_TYPES]
     for kind in VPTQ:
         group_size = (N_FEATURES - kind.get("n0", 0)) // kind.get("g", 1)
         made, n_in = vptq_layer(rng, out=N_FEATURES, group_size=group_size, **kind)
