@@ -143,7 +143,7 @@ def read_model(checkpoint: Checkpoint) -> Model:
     contradicts itself or has no place in the architecture.
     """
     config = checkpoint.config
-    architecture = _architecture(config)
+    architecture = find_architecture(config)
     h = _hyperparameters(config, architecture, len(checkpoint.tensors))
     quantization = config.section("quantization_config")
     method = quantization.values.get("quant_method", "vptq")
@@ -226,7 +226,8 @@ class _Finder:
                 )
 
 
-def _architecture(config: Section) -> Architecture:
+def find_architecture(config: Section) -> Architecture:
+    """The architecture that a config.json names; raises FileError, UnsupportedError."""
     names = config.values.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise config.error("architectures", names, f"one of {', '.join(ARCHITECTURES)}")

@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from vptq_converter.config import Section
 from vptq_runtime.errors import FileError, printable
+from vptq_runtime.models import hub
+from vptq_runtime.models.source import Repo
 
 CHUNK_BYTES = 1 << 24  # what one step of a copy maps in
 CANNOT_COPY = (
@@ -190,7 +192,7 @@ def _name(path: Path) -> str:
     if path.is_file():
         stem = path.name.removesuffix(".json").removesuffix(".index").removesuffix(".safetensors")
         return path.parent.resolve().name if stem == "model" else stem
-    return path.resolve().name if path.exists() else path.name
+    return path.resolve().name if path.exists() else path.name.partition("@")[0]
 
 
 def _check_kind(path: Path) -> None:
@@ -208,38 +210,15 @@ def _check_kind(path: Path) -> None:
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Whether it can be a repository of the hub (owner/name), and is no path here."""
-    known = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)) and not str(source).endswith(".safetensors")
-    return bool(known) and not Path(source).exists()
+    """Whether it can be a repository of the hub (owner/name, owner/name@revision), and is no path here."""
+    return Repo.parse(str(source)) is not None
 
 
 def _download(source: str) -> Path:
-    if not is_hub_id(source):
+    repo = Repo.parse(source)
+    if repo is None:
         raise FileError(f"{source}: no such file or directory, and not a hub repo id (owner/name)")
-    import huggingface_hub  # slow to import, and seldom needed
-
-    try:
-        directory = huggingface_hub.snapshot_download(
-            source,
-            allow_patterns=["*.safetensors", "*.json", "*.jinja"],
-            ignore_patterns=["*/*", "consolidated*"],  # copies of the weights in other layouts
-        )
-    except Exception as error:  # the client's own, its HTTP library's, the system's: no common base
-        raise FileError(
-            f"{source}: no such path here, and the hub did not give it: {_hub_reason(error)}"
-        ) from error
-    return Path(directory)
-
-
-def _hub_reason(error: Exception) -> str:
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    if isinstance(error, GatedRepoError):
-        return "it asks for a login (hf auth login) that has agreed to the model's terms"
-    if isinstance(error, RepositoryNotFoundError):
-        return "no such repository, or a private one (hf auth login)"
-    lines = str(error).strip().splitlines()  # the first is the cause, advice follows
-    return lines[0].removeprefix("Got: ").strip() if lines else type(error).__name__
+    return hub.download_checkpoint(repo)
 
 
 def _find_weights(directory: Path) -> Path:

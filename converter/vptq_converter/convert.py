@@ -47,13 +47,16 @@ def convert(
     dequantize: str | None = None,
     embedding_type: str = "auto",
     output_type: str = "auto",
+    name: str | None = None,
 ) -> Conversion:
     """Converts a VPTQ checkpoint to a GGUF file.
 
-    source: a .safetensors file, an index.json, a directory, or a Hugging Face repo id.
+    source: a .safetensors file, an index.json, a directory, or a Hugging Face repo id
+        (owner/model, or owner/model@revision).
     target: the file to write; replaced once the new one is whole, left alone if anything goes wrong.
     dequantize: None for a VPTQ file (docs/file-format.md), or f16, bf16, q8_0 for a plain one for llama.cpp.
     embedding_type, output_type: auto (as in the checkpoint, or as dequantize says), f16, q8_0.
+    name: what the model is called in the file; None: as the checkpoint's directory or repository is.
 
     Raises FileError, UnsupportedError, OptionError (vptq_runtime.errors).
     """
@@ -76,7 +79,7 @@ def convert(
     arch = model.architecture.gguf_name
     keys: list[Key] = [
         ("general.type", "model", GGUFValueType.STRING, None),
-        ("general.name", checkpoint.name, GGUFValueType.STRING, None),
+        ("general.name", name or checkpoint.name, GGUFValueType.STRING, None),
         *model.hyperparameters.keys(arch),
         *tokenizer.keys,
     ]

@@ -65,6 +65,11 @@ def _parser() -> argparse.ArgumentParser:
 
     method = parser.add_argument_group("method")
     method.add_argument(
+        "--sequential",
+        action="store_true",
+        help="fit each layer to what the quantised layers before give it; not with --hessians",
+    )
+    method.add_argument(
         "--finetune", action="store_true", help="fit codebooks, norms and indices of each layer once more"
     )
     option(

@@ -116,13 +116,13 @@ class DenseModel:
 
     def advance(self, n: int, layer: nn.Module, hidden: Tensor) -> None:
         """Runs decoder layer n over hidden states (n_windows, seq_len, n_embd), in place."""
-        arguments = self._arguments(n, hidden[:1].to(self.device))
+        arguments = self.arguments(n, hidden[:1].to(self.device))
         for batch in torch.split(hidden, max(1, BATCH_TOKENS // hidden.shape[1])):
             with torch.inference_mode():
                 batch.copy_(layer(batch.to(self.device), **arguments))
 
     @torch.inference_mode()
-    def _arguments(self, n: int, window: Tensor) -> dict[str, Any]:
+    def arguments(self, n: int, window: Tensor) -> dict[str, Any]:
         """What the model calls layer n with, for windows of this length (1, seq_len, n_embd)."""
         self._body(inputs_embeds=window, use_cache=False)
         recorder = self._body.layers[n]

@@ -26,6 +26,7 @@ class QuantizeOptions:
     normalize: bool = True  # input columns to mean 0 and variance 1
     hessian_weights: bool = True  # k-means weighs each column by h_ii; False: all alike
     second_order: bool = True  # a column's error moves into the columns after it; False: nearest centroids
+    sequential: bool = False  # Hessians of what the quantised layers before give; False: of the dense model's
     finetune: bool = False  # layer by layer: codebooks and norms, and indices again
     end_to_end: int = 0  # training steps of the whole model's codebooks and norms; 0: none
     samples: int = 128  # windows of calibration text

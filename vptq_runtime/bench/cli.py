@@ -61,7 +61,12 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     model = p.add_mutually_exclusive_group(required=True)
-    model.add_argument("-m", "--model", metavar="FILE", help="the GGUF file")
+    model.add_argument(
+        "-m",
+        "--model",
+        metavar="MODEL",
+        help="a GGUF file, a checkpoint's directory, or owner/model of the Hugging Face hub",
+    )
     model.add_argument(
         "--synthetic",
         metavar="SHAPE",
@@ -213,9 +218,10 @@ def _measure(arguments: argparse.Namespace) -> None:
 
 def _run_file(arguments: argparse.Namespace, tests: list[SpeedTest], device: Cpu | Gpu) -> Outcome:
     from vptq_runtime.bench.speed import ModelFacts, measure, open_model
+    from vptq_runtime.models.model import model_file
 
-    model, open_s = open_model(arguments.model)
-    facts = ModelFacts.of_model(model, Path(arguments.model).name, arguments.kv_type)
+    model, open_s = open_model(model_file(arguments.model, command.note))
+    facts = ModelFacts.of_model(model, Path(arguments.model).absolute().name, arguments.kv_type)
     _check_memory(arguments, facts, tests, device)
     return facts, measure(model, open_s, tests, **_options(arguments, device)), None
 

@@ -56,6 +56,9 @@ def _encode(codebook: Codebook, columns: Tensor) -> tuple[Tensor, Tensor | None]
     parts = [codebook.encode(whole)]
     if out_features % codebook.v:
         parts.append(codebook.encode(columns[:, n_whole * codebook.v :]))
+    elif width == 1:
+        index, res_index = parts[0]
+        return index[None], None if res_index is None else res_index[None]
     index = torch.cat([index.view(width, -1) for index, _ in parts], 1)
     residual = [res_index.view(width, -1) for _, res_index in parts if res_index is not None]
     return index, torch.cat(residual, 1) if residual else None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from vptq_converter.architectures import LINEARS
 from vptq_converter.checkpoint import Checkpoint
 from vptq_converter.layer import LayerConfig
 
 from vptq_quantizer.calibration.hessians import HESSIAN_OF, HessianStore, collect, model_key
+from vptq_quantizer.calibration.sequential import GROUPS, Streams, target
 from vptq_quantizer.calibration.text import Calibration, check_context, read_calibration
 from vptq_quantizer.dense_model import DenseModel, linears
 from vptq_quantizer.layers.finetune import finetune_linear
@@ -25,6 +29,7 @@ from vptq_quantizer.layers.quantized_linear import QuantizedLinear, config_entry
 from vptq_quantizer.options import QuantizeOptions, option_error
 from vptq_quantizer.run.checkpoint_writer import CheckpointWriter, Part, copied_files, stored
 from vptq_quantizer.run.report import run_report
+from vptq_quantizer.run.side_by_side import MOST_IN_FEATURES, Result, side_by_side
 from vptq_quantizer.training.end_to_end import tune
 from vptq_runtime.commands.progress import RunProgress
 from vptq_runtime.errors import OptionError, OutOfMemoryError, UnsupportedError
@@ -81,6 +86,13 @@ def quantize(
         _warn_of_text(text, options, configs, warn)
     elif options.end_to_end:
         raise OptionError("--end-to-end: found no --calibration, expected text to train on")
+    elif options.sequential:
+        raise OptionError("--sequential: found no --calibration, expected text to run through the model")
+    if options.sequential and hessians is not None:
+        raise OptionError(
+            "--hessians: found --sequential, too, expected one of them: those that are kept are of the dense "
+            "model's inputs"
+        )
     model = model_key(checkpoint)
     store = None
     source = text.key if text else None
@@ -112,7 +124,8 @@ class _Run:
         layer_size = sum(config.out_features * config.in_features for config in self.configs.values())
         all_wanted, before = len(wanted) * layer_size, (len(wanted) - len(pending)) * layer_size
         with RunProgress(all_wanted, before, self.tell) as progress:
-            for n, part in self.parts(pending, progress):
+            parts = self.sequential_parts if self.options.sequential else self.parts
+            for n, part in parts(pending, progress, writer):
                 writer.write(n, part)
         reports = [writer.read(n, with_tensors=False).report for n in sorted(done.union(pending))]
         options = asdict(self.options)
@@ -125,12 +138,65 @@ class _Run:
             writer.finish(self.dense, self.dtype, self.entries(), report)
         return report
 
-    def parts(self, pending: Sequence[int], progress: RunProgress) -> Iterator[tuple[int, Part]]:
+    def parts(
+        self, pending: Sequence[int], progress: RunProgress, _: CheckpointWriter
+    ) -> Iterator[tuple[int, Part]]:
         """Quantises the decoder layers `pending` (numbers that rise), one in memory at a time."""
         begin = time.monotonic()
         for n, layer, hessians in self._layers(pending, progress):
-            yield n, self._part(n, layer, hessians, begin, progress)
+            wanted = {name: (m.weight, hessians[HESSIAN_OF[name]]) for name, m in linears(layer).items()}
+            yield n, self._part(n, layer, [wanted], lambda _: None, begin, progress)
             begin = time.monotonic()
+
+    def sequential_parts(
+        self, pending: Sequence[int], progress: RunProgress, writer: CheckpointWriter
+    ) -> Iterator[tuple[int, Part]]:
+        """The same with the inputs that the quantised layers before give: calibration/sequential.py.
+
+        Layers that are finished are read, so that those after see what a whole run would show them.
+        """
+        if not pending:
+            return
+        lacking = [n for n in range(pending[-1]) if n not in pending and not writer.has(n)]
+        if lacking:
+            raise OptionError(
+                f"--layers: found layer {lacking[0]} not finished, expected all before layer {pending[-1]}: "
+                "--sequential does them in turn"
+            )
+        assert self.text is not None
+        dense = self.dense.embed(self.text.windows)
+        quantised = dense.clone()
+        for n in range(pending[-1] + 1):
+            begin = time.monotonic()
+            progress.show(f"layer {n}: calibration")
+            layer = self.dense.load_layer(n)
+            streams = Streams(self.dense, dense, quantised, n, layer, copy.deepcopy(layer))
+            if n in pending:
+                groups = self._sequential_groups(streams)
+                yield n, self._part(n, layer, groups, streams.replace, begin, progress)
+            else:
+                streams.replace(self._finished(n, writer))
+            if n != pending[-1]:
+                streams.advance()
+
+    def _sequential_groups(self, streams: Streams) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        modules = linears(streams.dense_layer)
+        for of, names in GROUPS.items():
+            hessian, cross = streams.statistics(of)
+            yield {
+                name: (target(modules[name].weight, hessian, cross, self.options.damping), hessian)
+                for name in names
+            }
+
+    def _finished(self, n: int, writer: CheckpointWriter) -> dict[str, Tensor]:
+        """The weights that a finished decoder layer's linear layers stand for, by their path in it."""
+        tensors = writer.read(n).tensors
+        weights = {}
+        for name, config in self.configs.items():
+            prefix = f"model.layers.{n}.{name}."
+            fields = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            weights[name] = QuantizedLinear.from_tensors(config, fields).weight().to(self.dense.device)
+        return weights
 
     def _layers(
         self, pending: Sequence[int], progress: RunProgress
@@ -170,11 +236,16 @@ class _Run:
         self,
         n: int,
         layer: nn.Module,
-        hessians: Mapping[str, Tensor],
+        groups: Iterable[Mapping[str, tuple[Tensor, Tensor]]],
+        use: Callable[[dict[str, Tensor]], None],
         begin: float,
         progress: RunProgress,
     ) -> Part:
-        """Decoder layer n, quantised; begin: when work on it began."""
+        """Decoder layer n, quantised; begin: when work on it began.
+
+        groups: one after the other, linear layers by name, the weight that each is to stand for and its
+        Hessian. use is given a group's quantised weights before the next group is asked for.
+        """
         modules = linears(layer)
         tensors = {
             name: stored(self.dense.checkpoint.tensor(name), self.dtype)
@@ -182,40 +253,51 @@ class _Run:
             if name.removeprefix(f"model.layers.{n}.").removesuffix(".weight") not in modules
         }
         reports = {}
-        for i, (name, linear) in enumerate(modules.items()):
-            hessian = hessians[HESSIAN_OF[name]].to(self.dense.device)
-            problem = Problem.of(
-                linear.weight, hessian, self.options.damping, f"tensor model.layers.{n}.{name}.weight"
-            )
-            # Seeded one by one, so that an interrupted run gives what a whole one does.
-            seed = int(np.random.SeedSequence([self.options.seed, n, i]).generate_state(1)[0])
-            quantised, reports[name] = self._quantize(
-                problem,
-                self.configs[name],
-                seed,
-                lambda step, name=name: progress.show(f"layer {n}: {name}, {step}"),  # type: ignore[misc]
-            )
-            fields = quantised.tensors(self.dtype)
-            reports[name] |= _bits(fields, self.configs[name])
-            tensors |= {f"model.layers.{n}.{name}.{field}": tensor for field, tensor in fields.items()}
-            error = list(reports[name]["proxy_error"].values())[-1]
-            progress.advance(f"layer {n}: {name}: proxy error {error:.4f}", linear.weight.numel())
+        for group in groups:
+            tasks = [partial(self._linear, n, name, *wanted, progress) for name, wanted in group.items()]
+            weights = {}
+            for name, (quantised, report) in zip(group, self._done(tasks), strict=True):
+                weights[name] = quantised.weight()
+                fields = quantised.tensors(self.dtype)
+                reports[name] = report | _bits(fields, self.configs[name])
+                tensors |= {f"model.layers.{n}.{name}.{field}": tensor for field, tensor in fields.items()}
+                error = list(report["proxy_error"].values())[-1]
+                progress.advance(f"layer {n}: {name}: proxy error {error:.4f}", modules[name].weight.numel())
+            use(weights)
         return Part(tensors, {"layer": n, "seconds": time.monotonic() - begin, "linears": reports})
 
-    def _quantize(
-        self, problem: Problem, config: LayerConfig, seed: int, show: Callable[[str], object]
+    def _done(self, tasks: Sequence[Callable[[], Result]]) -> Iterable[Result]:
+        """What the tasks return, in their order: side by side where the matrices are small."""
+        largest = max(config.in_features for config in self.configs.values())
+        if self.dense.device.type == "cpu" and largest <= MOST_IN_FEATURES:
+            return side_by_side(tasks)
+        return (task() for task in tasks)
+
+    def _linear(
+        self, n: int, name: str, weight: Tensor, hessian: Tensor, progress: RunProgress
     ) -> tuple[QuantizedLinear, dict[str, Any]]:
-        """One linear layer, and what to report: the proxy error and the seconds of each step."""
+        """A linear layer of decoder layer n, and what to report: the proxy error and the seconds of each
+        step."""
         errors: dict[str, float] = {}
         seconds: dict[str, float] = {}
         begin = time.monotonic()
+        problem = Problem.of(
+            weight, hessian.to(weight.device), self.options.damping, f"tensor model.layers.{n}.{name}.weight"
+        )
 
-        def step(name: str, layer: QuantizedLinear) -> None:
-            errors[name] = problem.relative_error(layer.weight())
-            seconds[name] = time.monotonic() - begin - sum(seconds.values())
+        def step(done: str, layer: QuantizedLinear) -> None:
+            errors[done] = problem.relative_error(layer.weight())
+            seconds[done] = time.monotonic() - begin - sum(seconds.values())
 
+        def show(what: str) -> None:
+            progress.show(f"layer {n}: {name}, {what}")
+
+        # Seeded one by one: in which order they are done, and in how many runs, does not matter.
+        seed = int(
+            np.random.SeedSequence([self.options.seed, n, [*LINEARS].index(name)]).generate_state(1)[0]
+        )
         generator = torch.Generator().manual_seed(seed)
-        layer = quantize_linear(problem, config, self.options, self.dtype, generator, step, show)
+        layer = quantize_linear(problem, self.configs[name], self.options, self.dtype, generator, step, show)
         if self.options.finetune:
             layer = finetune_linear(problem, layer, self.dtype, step, show)
         return layer, {"proxy_error": errors, "seconds": seconds}
