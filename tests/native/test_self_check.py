@@ -52,13 +52,14 @@ def layers() -> list[dict[str, Raw]]:
 
 @pytest.fixture(scope="module")
 def all_kinds(tmp_path_factory: pytest.TempPathFactory) -> _native.Model:
-    """Three layers, two of them windowed; every linear layer is of another kind."""
+    """Four layers, two of them windowed; every linear layer is of another kind, until all kinds are there."""
     linear = layers()
-    assert len(linear) == 3 * 7
-    keys = KEYS | {"llama.block_count": 3, "llama.embedding_length": N_FEATURES}
+    linear += linear[: 4 * 7 - len(linear)]
+    assert len(linear) == 4 * 7
+    keys = KEYS | {"llama.block_count": 4, "llama.embedding_length": N_FEATURES}
     keys |= {"llama.feed_forward_length": N_FEATURES, "llama.attention.head_count": 3}
     keys |= {"llama.attention.head_count_kv": 3, "llama.attention.sliding_window": 4096}
-    keys |= {"llama.attention.sliding_window_pattern": [True, False, True]}
+    keys |= {"llama.attention.sliding_window_pattern": [True, False, True, False]}
     keys |= {
         f"llama.{name}": 32
         for name in ("attention.key_length", "attention.value_length", "rope.dimension_count")
@@ -67,7 +68,7 @@ def all_kinds(tmp_path_factory: pytest.TempPathFactory) -> _native.Model:
     rng = np.random.default_rng(1)
     matrix = rng.normal(size=(keys["llama.vocab_size"], N_FEATURES))
     arrays = {"token_embd.weight": raw(matrix, "q8_0"), "output.weight": raw(matrix, "bf16")}
-    for norm in ("output_norm", *(f"blk.{i}.{n}" for i in range(3) for n in ("attn_norm", "ffn_norm"))):
+    for norm in ("output_norm", *(f"blk.{i}.{n}" for i in range(4) for n in ("attn_norm", "ffn_norm"))):
         arrays[f"{norm}.weight"] = raw(np.ones(N_FEATURES), "f32")
     for i, layer in enumerate(linear):
         arrays |= {f"blk.{i // 7}.{names[i % 7]}.{suffix}": tensor for suffix, tensor in layer.items()}

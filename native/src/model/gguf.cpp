@@ -150,8 +150,8 @@ TensorInfo read_tensor_info(Cursor& in, bool plain) {
   info.offset = in.read<uint64_t>(what);
   t.bytes = tensor_bytes(t.type, t.shape);
   if (t.bytes == 0)
-    in.fail(what + " has type " + type_name(t.type) + " and shape " + shape_text(t.shape) +
-            ", expected " + kMatrixTypes + " (Q: rows of whole blocks of 32), I16 or I32, and a possible shape" +
+    in.fail(what + " has type " + type_name(t.type) + " and shape " + shape_text(t.shape) + ", expected " +
+            kMatrixTypes + " (Q: rows of whole blocks of 32), I16 or I32, and a possible shape" +
             (plain ? std::string("; ") + kPlainGguf : ""));
   return info;
 }

@@ -83,8 +83,7 @@ class LinearReader {
   }
 
   void expect_float(const Tensor& t) const {
-    if (!is_float(t.type))
-      fail(t.name, "type " + type_name(t.type) + ", expected F16, BF16 or F32");
+    if (!is_float(t.type)) fail(t.name, "type " + type_name(t.type) + ", expected F16, BF16 or F32");
     if (!all_finite(t)) fail(t.name, "holds NaN or infinity, expected finite numbers");
   }
 
