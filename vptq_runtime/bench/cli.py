@@ -20,8 +20,16 @@ if TYPE_CHECKING:
     from vptq_runtime.bench.machine import Cpu, Gpu
     from vptq_runtime.bench.speed import Measured, ModelFacts, SpeedTest
 
-DENSE_TYPES = ("auto", "f16", "q8_0")
 DEFAULT_QUANT = "v8-k65536-256"
+DENSE_TYPES = (
+    "auto",
+    "f16",
+    "q8_0",
+    "q5_1",
+    "q5_0",
+    "q4_1",
+    "q4_0",
+)  # as vptq-convert has them
 MAX_BATCH = 128  # sequences; what a call takes on every device
 MIN_LAYERS = 2  # to extrapolate from: of the last one a prompt runs only a part
 # What is said of a model, what its tests took, and how many layers were measured if not all.
