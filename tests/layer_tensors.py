@@ -4,7 +4,9 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-DTYPES = {"f32": 0, "f16": 1, "q8_0": 8, "i16": 25, "i32": 26, "bf16": 30}  # GGUF's numbers
+QUANTISED = {"q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8}  # GGUF's numbers
+DTYPES = {"f32": 0, "f16": 1, "i16": 25, "i32": 26, "bf16": 30} | QUANTISED
+MATRIX_TYPES = ("f32", "f16", "bf16", *QUANTISED)
 Raw = tuple[int, list[int], bytes]
 
 
@@ -14,8 +16,9 @@ def raw(array: NDArray[np.generic], dtype: str) -> Raw:
     if dtype == "bf16":
         bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
         return DTYPES[dtype], shape, (bits >> 16).astype(np.uint16).tobytes()
-    if dtype == "q8_0":
-        return DTYPES[dtype], shape, gguf.quants.quantize(array, gguf.GGMLQuantizationType.Q8_0).tobytes()
+    if dtype in QUANTISED:
+        type = gguf.GGMLQuantizationType(DTYPES[dtype])
+        return DTYPES[dtype], shape, gguf.quants.quantize(array.astype(np.float32), type).tobytes()
     numpy_type = {"f32": np.float32, "f16": np.float16, "i16": np.uint16, "i32": np.int32}[dtype]
     return DTYPES[dtype], shape, np.ascontiguousarray(array, numpy_type).tobytes()
 
@@ -75,6 +78,9 @@ def vptq_layer(
 
 def floats(tensor: Raw) -> NDArray[np.float64]:
     number, shape, data = tensor
+    if number in QUANTISED.values():
+        blocks = np.frombuffer(data, np.uint8).reshape(shape[0], -1)
+        return gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType(number)).astype(np.float64)
     if number == DTYPES["bf16"]:
         return (
             (np.frombuffer(data, np.uint16).astype(np.uint32) << 16)

@@ -55,9 +55,13 @@ def test_imports_are_found() -> None:
     assert Import("vptq_runtime.evaluate.cli", "vptq_runtime.runtime.Runtime", True) in ALL
 
 
-def test_only_synthetic_models_need_the_converter() -> None:
+def test_only_synthetic_models_conversions_and_dense_files_need_the_converter() -> None:
     users = {i.module for i in ALL if within(i.name, *CONVERTER) and not within(i.module, *CONVERTER)}
-    assert users == {"vptq_runtime.bench.synthetic"}
+    assert users == {
+        "vptq_runtime.bench.synthetic",
+        "vptq_runtime.models.conversion",
+        "vptq_runtime.evaluate.dense_gguf",
+    }
 
 
 def test_the_engine_knows_nothing_that_is_built_on_it() -> None:
@@ -74,7 +78,23 @@ def test_the_native_library_is_imported_where_it_is_checked() -> None:
     ("code", "absent"),
     [
         ("import vptq_runtime", {"numpy", "tokenizers", "vptq_runtime._native"}),
-        ("from vptq_runtime import Runtime", {"torch", "transformers", "gguf", "jinja2", "rich"}),
+        (
+            "from vptq_runtime import Runtime",
+            {
+                "torch",
+                "transformers",
+                "gguf",
+                "jinja2",
+                "rich",
+                "vptq_converter",
+                "huggingface_hub",
+                "filelock",
+            },
+        ),
+        (
+            "import vptq_runtime.models.cli",
+            {"numpy", "huggingface_hub", "vptq_converter", "vptq_runtime._native"},
+        ),
         ("from vptq_runtime.evaluate import compare, perplexity", {"torch", "transformers", "safetensors"}),
         ("from vptq_runtime.evaluate import DenseModel", {"torch", "transformers"}),
     ],

@@ -9,6 +9,14 @@ one of them with the least proxy error (not: perplexity) is then trained end to 
 llama.cpp's llama-imatrix, llama-quantize and llama-perplexity: its types of the same dense model, with an
 importance matrix from the same calibration text, go beside them.
 
+Models can also be given as a file of --options: in each line a name, a colon, options of vptq-quantize, and
+behind a | those of vptq-convert; lines that begin with # are left out. For example
+
+    v4-k256-0: --vector-len 4 --centroids 256 --finetune | --embedding-type q8_0
+
+--own-embedding lets llama-quantize choose the embedding's type: then sizes of files compare. --models DIR has
+the models, so that another OUT_DIR measures the same ones on another text.
+
 Perplexity is llama-perplexity's on both sides (vptq-perplexity --method llama.cpp): the second half of each
 window is scored. Bits are of the blocks' linear layers, with all that is stored for them; the embedding, and
 the output matrix if there is one, are float16 everywhere. Prints one table; OUT_DIR/report.json has the
@@ -31,12 +39,15 @@ from quality_models import (
     DENSE,
     LLAMACPP,
     LLAMACPP_TYPES,
+    OPTIONS,
     STEPS,
     Configuration,
     LlamaCpp,
     Measured,
+    OptionLine,
     Setting,
     measured_here,
+    measured_line,
     measured_vptq,
 )
 from vptq_quantizer.run.safe_files import write_json
@@ -58,9 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT_DIR", type=Path)
     parser.add_argument("--calibration", metavar="TEXT", type=Path, required=True)
     parser.add_argument("--held-out", metavar="TEXT", type=Path, required=True)
-    parser.add_argument("--quants", metavar="vV-kK-R,...", nargs="+", default=["v6-k512-0"])
+    parser.add_argument("--quants", metavar="vV-kK-R,...", nargs="*", default=["v6-k512-0"])
+    parser.add_argument("--options", metavar="FILE", help="models by their options, a line each")
+    parser.add_argument("--models", metavar="DIR", type=Path, help="where models go (default: OUT_DIR)")
     parser.add_argument("--llamacpp", metavar="DIR", type=Path)
     parser.add_argument("--llamacpp-types", metavar="TYPE,...", default=",".join(LLAMACPP_TYPES))
+    parser.add_argument(
+        "--own-embedding", action="store_true", help="llama.cpp's embedding in the type that it chooses"
+    )
+    parser.add_argument(
+        "--imatrix-windows", metavar="N", type=int, help="the first of the calibration text (default: all)"
+    )
     parser.add_argument("-c", "--n-ctx", metavar="N", type=int, default=512)
     parser.add_argument("--windows", metavar="N", type=int, default=100, help="of held-out text")
     parser.add_argument("--samples", metavar="N", type=int, default=128, help="windows for the Hessians")
@@ -75,10 +94,14 @@ def compare(arguments: argparse.Namespace) -> None:
     for option in ("n_ctx", "windows", "samples", "threads"):
         check_int(f"--{option.replace('_', '-')}", getattr(arguments, option), 1, 1 << 20)
     check_int("--end-to-end", arguments.end_to_end, 0, 1 << 20)
+    if arguments.imatrix_windows is not None:
+        check_int("--imatrix-windows", arguments.imatrix_windows, 1, 1 << 20)
+    lines = read_lines(arguments.options) if arguments.options is not None else []
     quants = [[Configuration.parse(name) for name in group.split(",")] for group in arguments.quants]
     setting = Setting(
         dense=arguments.model,
         directory=arguments.out,
+        models=arguments.models or arguments.out,
         calibration=arguments.calibration,
         held_out=arguments.held_out,
         n_ctx=arguments.n_ctx,
@@ -87,28 +110,42 @@ def compare(arguments: argparse.Namespace) -> None:
         samples=arguments.samples,
         end_to_end=arguments.end_to_end,
     )
-    setting.directory.mkdir(parents=True, exist_ok=True)
+    for directory in (setting.directory, setting.models):
+        directory.mkdir(parents=True, exist_ok=True)
     results = Results(setting)
     dense = results.get(DENSE, DENSE, lambda: measured_here(setting, setting.dense_file(), DENSE, DENSE))
     tables = [[dense]]
     if arguments.llamacpp is not None:
-        llamacpp = LlamaCpp(arguments.llamacpp, setting)
+        llamacpp = LlamaCpp(arguments.llamacpp, setting, arguments.own_embedding, arguments.imatrix_windows)
         names = (DENSE, *arguments.llamacpp_types.split(","))
         tables.append([results.get(name, LLAMACPP, partial(llamacpp.measured, name)) for name in names])
 
     def get(configuration: Configuration, step: str) -> Measured:
         return results.get(configuration.name, step, partial(measured_vptq, setting, configuration, step))
 
+    tables.append(
+        [results.get(line.name, OPTIONS, partial(measured_line, setting, line), line.line) for line in lines]
+    )
     for group in quants:
         tables.append([get(group[0], step) for step in LAYER_WISE])
         tables[-1] += [get(configuration, FINE_TUNED) for configuration in group[1:]]
-    if setting.end_to_end:  # last, as it takes longest
+    if setting.end_to_end and quants:  # last, as it takes longest
         for group, table in zip(quants, tables[-len(quants) :], strict=True):
             errors = [get(configuration, FINE_TUNED).proxy_error or 0 for configuration in group]
             table.append(get(group[errors.index(min(errors))], END_TO_END))
     measured = [each for table in tables for each in table]
     print_results(measured, setting, markdown=arguments.md)
     plot(measured, setting.directory / "quality.png")
+
+
+def read_lines(file: str) -> list[OptionLine]:
+    """The models of a file of options; raises OptionError for a name that is there twice."""
+    texts = [text for text in command.read_text(file).splitlines() if text.strip() and text[0] != "#"]
+    lines = [OptionLine.parse(text) for text in texts]
+    names = [line.name for line in lines]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise OptionError(f"--options: found {twice} twice, expected each name once")
+    return lines
 
 
 class Results:
@@ -127,9 +164,14 @@ class Results:
             if found != self.setting:
                 raise OptionError(f"{setting.directory}: found the report of another setting, expected none")
 
-    def get(self, name: str, step: str, measure: Callable[[], Measured]) -> Measured:
+    def get(
+        self, name: str, step: str, measure: Callable[[], Measured], options: str | None = None
+    ) -> Measured:
         for each in self.measured:
             if (each.name, each.step) == (name, step):
+                if each.options != options:
+                    found = f"found it made with {each.options!r}, expected {options!r}: give another name"
+                    raise OptionError(f"--options: {name}: {found}")
                 return each
         each = measure()
         self.measured.append(each)
@@ -153,6 +195,7 @@ def print_results(measured: Sequence[Measured], setting: Setting, *, markdown: b
     headings = {
         "model": "left",
         "after": "left",
+        "MB": "right",
         "bits": "right",
         "of them indices": "right",
         "perplexity": "right",
@@ -163,6 +206,7 @@ def print_results(measured: Sequence[Measured], setting: Setting, *, markdown: b
         [
             each.name,
             each.step,
+            f"{each.file_bytes / 1e6:.1f}",
             f"{each.bits:.3f}",
             "" if each.index_bits is None else f"{each.index_bits:.3f}",
             f"{each.perplexity:.3f} ± {each.perplexity_error:.3f}",
@@ -177,34 +221,41 @@ def print_results(measured: Sequence[Measured], setting: Setting, *, markdown: b
 
 
 def plot(measured: Sequence[Measured], target: Path) -> None:
-    """Perplexity over bits per weight."""
+    """Perplexity over bits per weight, KL divergence over the file's size."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    axes = figure.subplots()
-    for step in STEPS:
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    by_bits, by_size = figure.subplots(1, 2)
+    _draw(by_bits, measured, lambda each: (each.bits, each.perplexity))
+    _draw(by_size, measured, lambda each: (each.file_bytes / 1e6, each.kl_divergence))
+    dense = next(each for each in measured if each.step == DENSE)
+    by_bits.axhline(dense.perplexity, color="gray", lw=1, label="dense")
+    by_bits.set(xlabel="bits per weight of the linear layers", ylabel="perplexity on held-out text")
+    by_size.set(xlabel="MB of the file", ylabel="KL divergence from the dense model")
+    for axes in (by_bits, by_size):
+        axes.set_yscale("log")
+        for axis_labels in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis_labels("{x:g}")
+        axes.margins(x=0.1)
+        axes.grid(alpha=0.3, which="both")
+    by_bits.legend(fontsize="small")
+    figure.savefig(target, dpi=110)
+
+
+def _draw(axes: Any, measured: Sequence[Measured], point: Callable[[Measured], tuple[float, float]]) -> None:
+    for step in (*STEPS, OPTIONS):
         # Of several configurations of a size, the frontier is drawn: none has fewer bits and less.
-        points = sorted((each.bits, each.perplexity) for each in measured if each.step == step)
+        points = sorted(point(each) for each in measured if each.step == step)
         best = [p for n, p in enumerate(points) if all(p[1] < other[1] for other in points[:n])]
         if best:
-            axes.plot(*zip(*best, strict=True), marker=".", label=f"VPTQ, {step}")
+            label = "VPTQ" if step == OPTIONS else f"VPTQ, {step}"
+            axes.plot(*zip(*best, strict=True), marker=".", label=label)
     theirs = [each for each in measured if each.step == LLAMACPP and each.name != DENSE]
     if theirs:
-        bits, perplexities = [each.bits for each in theirs], [each.perplexity for each in theirs]
-        axes.plot(bits, perplexities, "k--s", ms=4, label="llama.cpp")
+        points = sorted(map(point, theirs))
+        axes.plot(*zip(*points, strict=True), "k--s", ms=4, label="llama.cpp")
     for each in theirs:
-        axes.annotate(
-            each.name, (each.bits, each.perplexity), xytext=(4, 6), textcoords="offset points", fontsize=8
-        )
-    dense = next(each for each in measured if each.step == DENSE)
-    axes.axhline(dense.perplexity, color="gray", lw=1, label="dense")
-    axes.set(xlabel="bits per weight, all counted", ylabel="perplexity on held-out text", yscale="log")
-    for axis_labels in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis_labels("{x:g}")
-    axes.margins(x=0.1)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize="small")
-    figure.savefig(target, dpi=110)
+        axes.annotate(each.name, point(each), xytext=(4, 6), textcoords="offset points", fontsize=8)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from vptq_runtime.evaluate import compare
 
 DENSE = "dense"
 LLAMACPP = "llama.cpp"  # in place of a step
+OPTIONS = "options"  # likewise: all that a line of options asks for
 # What is done to a configuration, each step with all those before it, and what that is in options.
 STEPS: dict[str, dict[str, Any]] = {
     "k-means": {"hessian_weights": False, "second_order": False},
@@ -42,6 +44,7 @@ class Measured:
     permutations of ours, scales of llama.cpp's, whose types are mixtures.
     kl_divergence: from the dense model, mean in nats a token.
     proxy_error: of the last layer-wise step, mean over the linear layers; None where there is none.
+    options: the line of options that made it; None where a step of a configuration did, or llama.cpp.
     """
 
     name: str
@@ -55,14 +58,17 @@ class Measured:
     kl_divergence_error: float
     top_token_agreement: float
     proxy_error: float | None = None
+    options: str | None = None
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all models have in common. Files are made in `directory`, and those that are there are used."""
+    """What all models have in common. Models are made in `models`, what depends on the held-out text in
+    `directory`; files that are there are used."""
 
     dense: Path  # a checkpoint's directory
     directory: Path
+    models: Path
     calibration: Path
     held_out: Path
     n_ctx: int
@@ -73,14 +79,14 @@ class Setting:
 
     def dense_file(self) -> Path:
         """The dense model as this runtime runs it."""
-        path = self.directory / "dense.gguf"
+        path = self.models / "dense.gguf"
         if not path.exists():
             convert(self.dense, path)
         return path
 
     def plain_file(self) -> Path:
         """The dense model as llama.cpp runs it, in float16."""
-        path = self.directory / "dense-f16.gguf"
+        path = self.models / "dense-f16.gguf"
         if not path.exists():
             convert(self.dense, path, dequantize="f16")
         return path
@@ -116,8 +122,54 @@ class Configuration:
         return cls(name, options)
 
 
+@dataclass(frozen=True)
+class OptionLine:
+    """A line `NAME: options of vptq-quantize`, and behind a `|` options of vptq-convert."""
+
+    name: str
+    line: str
+    quantize: tuple[str, ...]
+    convert: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> OptionLine:
+        match = re.fullmatch(r"\s*([\w.+-]+):([^|]*)(?:\|([^|]*))?", text)
+        if not match or match[1] == DENSE:
+            raise OptionError(f"--options: found {text!r}, expected NAME: vptq-quantize's | vptq-convert's")
+        quantize, convert = (tuple(shlex.split(part or "")) for part in match.groups()[1:])
+        line = " | ".join(" ".join(part) for part in (quantize, convert) if part)
+        return cls(match[1], line, quantize, convert)
+
+
+def measured_line(setting: Setting, line: OptionLine) -> Measured:
+    """Runs vptq-quantize, which goes on where it was stopped, and vptq-convert, and measures."""
+    checkpoint = setting.models / line.name
+    file = checkpoint.with_name(f"{line.name}.gguf")
+    if not (checkpoint / "config.json").exists():  # which is written last
+        text = ["--calibration", str(setting.calibration)]
+        sizes = ["--samples", str(setting.samples), "--seq-len", str(setting.n_ctx)]
+        options = [*text, *sizes, *line.quantize]
+        _run_module("vptq_quantizer.cli", str(setting.dense), str(checkpoint), *options)
+    _run_module("vptq_converter.cli", str(checkpoint), str(file), *line.convert)
+    report = json.loads((checkpoint / "report.json").read_text(encoding="utf-8"))
+    return replace(
+        measured_here(setting, file, line.name, OPTIONS),
+        index_bits=report.get("index_bits_per_weight"),
+        options=line.line,
+    )
+
+
+def _run_module(module: str, *arguments: str) -> None:
+    """One of this project's commands, in a process of its own, which takes its memory with it."""
+    done = subprocess.run([sys.executable, "-m", module, *arguments], stdout=sys.stderr)
+    if done.returncode == 130:
+        raise KeyboardInterrupt
+    if done.returncode != 0:
+        raise VPTQError(f"{module} {shlex.join(arguments)}: ended with status {done.returncode}")
+
+
 def checkpoint_directory(setting: Setting, configuration: Configuration, step: str) -> Path:
-    return setting.directory / f"{configuration.name}, {step}"
+    return setting.models / f"{configuration.name}, {step}"
 
 
 def measured_vptq(setting: Setting, configuration: Configuration, step: str) -> Measured:
@@ -138,7 +190,7 @@ def measured_vptq(setting: Setting, configuration: Configuration, step: str) -> 
             checkpoint,
             options,
             calibration=[setting.calibration],
-            hessians=setting.directory / "hessians",
+            hessians=setting.models / "hessians",
         )
     file = checkpoint.with_name(f"{checkpoint.name}.gguf")
     convert(checkpoint, file)
@@ -193,9 +245,11 @@ class LlamaCpp:
 
     programs: Path
     setting: Setting
+    own_embedding: bool = False  # what llama-quantize makes of embedding and output; False: float16
+    imatrix_windows: int | None = None  # of the calibration text, the first ones; None: all
 
     def measured(self, type_name: str) -> Measured:
-        """The dense model in one of llama.cpp's types (`dense`: in float16), embedding and output float16."""
+        """The dense model in one of llama.cpp's types (`dense`: in float16)."""
         file = self.setting.plain_file()
         if type_name != DENSE:
             file = self._quantized(type_name)
@@ -223,33 +277,38 @@ class LlamaCpp:
         )
 
     def _quantized(self, type_name: str) -> Path:
-        plain = str(self.setting.plain_file())
+        models, plain = self.setting.models, str(self.setting.plain_file())
         n_ctx, n_threads = str(self.setting.n_ctx), str(self.setting.n_threads)
 
         def importance(file: Path) -> None:
             text = str(self.setting.calibration)
             sizes = ["-c", n_ctx, "-t", n_threads, "--no-ppl"]
+            if self.imatrix_windows is not None:
+                sizes += ["--chunks", str(self.imatrix_windows)]
             self._run("llama-imatrix", "-m", plain, "-f", text, "-o", str(file), *sizes)
 
         def quantized(file: Path) -> None:
-            matrix = ["--imatrix", str(self._made("imatrix.gguf", importance))]
+            matrix = ["--imatrix", str(self._made(models / "imatrix.gguf", importance))]
             kept = ["--token-embedding-type", "f16", "--output-tensor-type", "f16"]
+            if self.own_embedding:
+                kept = []
             self._run("llama-quantize", *matrix, *kept, plain, str(file), type_name, n_threads)
 
-        return self._made(f"{type_name}.gguf", quantized)
+        own = "-own-embedding" if self.own_embedding else ""
+        return self._made(models / f"{type_name}{own}.gguf", quantized)
 
     def _base(self) -> Path:
         """The dense model's predictions, in 16 bits."""
         plain = self.setting.plain_file()
         return self._made(
-            "predictions.bin", lambda file: self._perplexity(plain, "--kl-divergence-base", str(file))
+            self.setting.directory / "predictions.bin",
+            lambda file: self._perplexity(plain, "--kl-divergence-base", str(file)),
         )
 
-    def _made(self, name: str, make: Callable[[Path], object]) -> Path:
+    def _made(self, file: Path, make: Callable[[Path], object]) -> Path:
         """A file that is there, or is made: under another name until it is whole."""
-        file = self.setting.directory / name
         if not file.exists():
-            unfinished = file.with_name(f"unfinished-{name}")
+            unfinished = file.with_name(f"unfinished-{file.name}")
             make(unfinished)
             unfinished.replace(file)
         return file

@@ -33,7 +33,7 @@ def random_tensors(shape: Shape, type_name: str, n_layer: int) -> list[OutputTen
     Raises OptionError where a matrix has no whole number of blocks a row.
     """
     type, random = GGMLQuantizationType[type_name], Random()
-    tensors = [random.q8_0("token_embd.weight", (shape.n_vocab, shape.n_embd), -6)]
+    tensors = [random.blocks("q8_0", "token_embd.weight", (shape.n_vocab, shape.n_embd), -6)]
     for layer in range(n_layer):
         name = f"blk.{layer}"
         tensors += [_ones(f"{name}.{norm}.weight", shape.n_embd) for norm in ("attn_norm", "ffn_norm")]
@@ -42,7 +42,7 @@ def random_tensors(shape: Shape, type_name: str, n_layer: int) -> list[OutputTen
             if shape.arch == "qwen2" and linear in ("attn_q", "attn_k", "attn_v"):
                 tensors.append(_ones(f"{name}.{linear}.bias", size[0]))
     tensors.append(_ones("output_norm.weight", shape.n_embd))
-    tensors.append(random.q8_0("output.weight", (shape.n_vocab, shape.n_embd), -6))
+    tensors.append(random.blocks("q8_0", "output.weight", (shape.n_vocab, shape.n_embd), -6))
     return tensors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import weakref
@@ -17,6 +18,7 @@ from vptq_runtime.engine.stream import GenerationStream
 from vptq_runtime.errors import OptionError, OutOfMemoryError
 from vptq_runtime.generation import Generation, Timings
 from vptq_runtime.metadata import Metadata
+from vptq_runtime.models.model import model_file, open_model
 from vptq_runtime.options import Options
 from vptq_runtime.requests import Requests
 from vptq_runtime.text.vocabulary import Vocabulary
@@ -41,12 +43,15 @@ PRECISIONS = ("auto", "f32")
 PARALLEL = {"cpu": 8, "cuda": 64}  # more decode faster all together, and each for itself slower
 QUEUE = 1024
 LEAST_QUEUE_TOKENS, QUEUE_CONTEXTS = 2**20, 16  # where nothing else is asked for
+_log = logging.getLogger("vptq_runtime")
 
 
 class Runtime:
     """A VPTQ model in a GGUF file, ready to run.
 
-    path: the file, as `vptq-convert` writes it.
+    path: the file, as `vptq-convert` writes it; or a checkpoint's directory, or owner/model[@revision] on the
+        Hugging Face hub: downloaded and converted into a cache, or found there (docs/models.md). What is done
+        about it is logged, as warnings of "vptq_runtime".
     device: "auto" (the best there is), "cpu" or "cuda"; `.device` says what it became.
     gpu_layers: so many of the last layers, and the output, on the GPU, or on several where one cannot hold
         them, the others on the CPU. None: all, and with "auto" as many as fit. More than there are: all.
@@ -90,7 +95,6 @@ class Runtime:
         queue_tokens: int | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
-        start = time.perf_counter()
         for option, number, least, most in (
             ("n_ctx", n_ctx, 0, MAX_INT),
             ("n_threads", n_threads, 1, 1024),
@@ -108,8 +112,9 @@ class Runtime:
         if progress is not None and not callable(progress):
             raise OptionError(f"progress: found {shown(progress)}, expected a function")
         check_choice("cache", cache, get_args(CacheMode))
-        self._path = _checked_path(path)
-        model = _native.Model(self._path)
+        self._path = model_file(_checked_path(path), _log.warning)
+        start = time.perf_counter()
+        model = open_model(self._path)
         self._model: _native.Model | None = model
         self._metadata = Metadata(model)
         self._vocabulary = Vocabulary(self._metadata, model.n_vocab, self._path)

@@ -28,7 +28,11 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> Any:
     """What a JSON file holds; raises FileError."""
-    text = read_text(path)
+    return parse_json(read_text(path), path)
+
+
+def parse_json(text: str, path: Path) -> Any:
+    """What the text of a JSON file holds, which errors call `path`; raises FileError."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

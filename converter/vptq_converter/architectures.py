@@ -143,7 +143,7 @@ def read_model(checkpoint: Checkpoint) -> Model:
     contradicts itself or has no place in the architecture.
     """
     config = checkpoint.config
-    architecture = _architecture(config)
+    architecture = find_architecture(config)
     h = _hyperparameters(config, architecture, len(checkpoint.tensors))
     quantization = config.section("quantization_config")
     method = quantization.values.get("quant_method", "vptq")
@@ -226,7 +226,8 @@ class _Finder:
                 )
 
 
-def _architecture(config: Section) -> Architecture:
+def find_architecture(config: Section) -> Architecture:
+    """The architecture that a config.json names; raises FileError, UnsupportedError."""
     names = config.values.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise config.error("architectures", names, f"one of {', '.join(ARCHITECTURES)}")
@@ -307,15 +308,32 @@ def _rope(
         raise rope.error("low_freq_factor", low, f"less than high_freq_factor ({high})")
     original = rope.integer("original_max_position_embeddings", default=n_ctx_train)
     original = config.integer("original_max_position_embeddings", default=original)
+    return theta, None, llama3_divisors(head_dim, theta, factor, low, high, original)
+
+
+def llama3_divisors(
+    head_dim: int, theta: float, factor: float, low: float, high: float, original: int
+) -> NDArray[np.float32]:
+    """What llama3 scaling divides the inverse frequencies by: (head_dim / 2,).
+
+    low, high: low_freq_factor and high_freq_factor; original: original_max_position_embeddings.
+    """
     # In float32, as transformers computes them: short wavelengths stay, long ones are divided by the factor,
     # those between are interpolated.
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequency = np.float32(1) / np.float32(theta) ** exponent
+    frequency = inverse_frequencies(head_dim, theta)
     turns = np.float32(original) / (np.float32(2 * np.pi) / frequency)  # in the original context
     smooth = (turns - np.float32(low)) / np.float32(high - low)
     scaled = (1 - smooth) * frequency / np.float32(factor) + smooth * frequency
     scaled = np.where(turns < low, frequency / np.float32(factor), np.where(turns > high, frequency, scaled))
-    return theta, None, (frequency / scaled).astype(np.float32)
+    divisors: NDArray[np.float32] = (frequency / scaled).astype(np.float32)
+    return divisors
+
+
+def inverse_frequencies(head_dim: int, theta: float) -> NDArray[np.float32]:
+    """RoPE's angle per position of each pair of rows: (head_dim / 2,)."""
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequency: NDArray[np.float32] = np.float32(1) / np.float32(theta) ** exponent
+    return frequency
 
 
 def _sliding_window(

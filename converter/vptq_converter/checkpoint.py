@@ -18,6 +18,9 @@ from safetensors import SafetensorError, safe_open
 
 from vptq_converter.config import Section
 from vptq_runtime.errors import FileError, printable
+from vptq_runtime.models import hub
+from vptq_runtime.models.source import Repo
+from vptq_runtime.text_file import parse_json, read_text
 
 CHUNK_BYTES = 1 << 24  # what one step of a copy maps in
 CANNOT_COPY = (
@@ -46,12 +49,54 @@ FLOAT_TYPES = ("F16", "BF16", "F32")
 
 
 @dataclass(frozen=True)
+class Stamp:
+    """A file as it was when it was opened: a run reads it for hours, and must see the same all the time."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> Stamp:
+        """Raises FileError for a file that is not there."""
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise FileError(f"{path}: cannot be read: {error.strerror}") from error
+        return cls(path, status.st_size, status.st_mtime_ns)
+
+    def check(self) -> None:
+        """Raises FileError where the file has another size or time, or is gone."""
+        try:
+            now = Stamp.of(self.path)
+        except FileError as error:
+            raise self._changed("no file") from error
+        if now != self:
+            found = f"{now.size} bytes" if now.size != self.size else "another time of its last change"
+            raise self._changed(found)
+
+    def _changed(self, found: str) -> FileError:
+        return FileError(
+            f"{self.path}: found {found}, expected the {self.size} bytes from before: it was changed "
+            "while it was read"
+        )
+
+
+@dataclass(frozen=True)
 class Shard:
-    """One safetensors file, open and mapped."""
+    """One file of tensors, open and mapped."""
 
     path: Path
     file: BinaryIO
     map: mmap.mmap
+    stamp: Stamp
+
+    @classmethod
+    def open(cls, path: Path) -> Shard:
+        """Raises OSError, and ValueError for an empty file."""
+        stamp = Stamp.of(path)
+        file = path.open("rb")
+        return cls(path, file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), stamp)
 
 
 @dataclass(frozen=True)
@@ -71,9 +116,21 @@ class Tensor:
         count = self.nbytes // dtype.itemsize
         return np.frombuffer(self.shard.map, dtype.newbyteorder("<"), count, self.start).reshape(self.shape)
 
+    @property
+    def stored_type(self) -> str:
+        """What its numbers are in the file, of which `dtype` are made."""
+        return self.dtype
+
+    def rows(self, rows: slice | NDArray[np.int64] = slice(None)) -> NDArray[np.float32]:
+        """Rows of F16, BF16 or F32 numbers in float32."""
+        return float32(self.array()[rows], self.dtype)
+
     def finite(self, rows: slice | NDArray[np.int64] = slice(None)) -> NDArray[np.float32]:
-        """Rows of F16, BF16 or F32 numbers in float32; raises FileError for a NaN or infinity."""
-        values = float32(self.array()[rows], self.dtype)
+        """Rows of F16, BF16 or F32 numbers in float32; raises FileError for a NaN or infinity, and where the
+        file has changed since it was opened."""
+        self.shard.stamp.check()  # before, as a mapped page past the end kills the process
+        values = self.rows(rows)
+        self.shard.stamp.check()
         if not np.isfinite(values).all():
             raise self.error("a NaN or infinity", "finite numbers")
         return values
@@ -160,9 +217,12 @@ class Checkpoint:
         weights = _find_weights(path) if path.is_dir() else path
         self.directory = weights.parent
         self.config = Section.read(self.directory / "config.json")
-        self.tensors = _open_index(weights) if weights.suffix == ".json" else _open_shard(weights)
+        self.tensors: dict[str, Tensor] = (
+            _open_index(weights) if weights.suffix == ".json" else _open_shard(weights)
+        )
         self.weights = weights
         self.unused = set(self.tensors)
+        self._stamps: dict[Path, Stamp] = {}  # of the files beside the weights that were read
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name, from now on used; raises FileError when there is none."""
@@ -180,9 +240,34 @@ class Checkpoint:
         """Whether a file stands beside the weights; a link that leads nowhere does, and can't be read."""
         return os.path.lexists(self.directory / file_name)
 
+    def path(self, file_name: str) -> Path:
+        """What messages call a file beside the weights."""
+        return self.directory / file_name
+
+    def open(self, file_name: str) -> BinaryIO:
+        """A file beside the weights; raises FileError for one that cannot be read, or was changed since
+        it was opened first."""
+        path = self.directory / file_name
+        if path.exists() and not path.is_file():  # a pipe would block
+            raise FileError(f"{path}: found something that is not a regular file")
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            raise FileError(f"{path}: cannot be read: {error.strerror}") from error
+        self._stamps.setdefault(path, Stamp.of(path)).check()
+        return file
+
+    def text(self, file_name: str) -> str:
+        """The text of a small UTF-8 file beside the weights; raises FileError as `open` does."""
+        self.open(file_name).close()
+        return read_text(self.directory / file_name)
+
     def section(self, file_name: str) -> Section | None:
         """A JSON file beside the weights, None where there is none; raises FileError when it is damaged."""
-        return Section.read(self.directory / file_name) if self.has(file_name) else None
+        if not self.has(file_name):
+            return None
+        path = self.path(file_name)
+        return Section(path, parse_json(self.text(file_name), path))
 
 
 def _name(path: Path) -> str:
@@ -190,7 +275,7 @@ def _name(path: Path) -> str:
     if path.is_file():
         stem = path.name.removesuffix(".json").removesuffix(".index").removesuffix(".safetensors")
         return path.parent.resolve().name if stem == "model" else stem
-    return path.resolve().name if path.exists() else path.name
+    return path.resolve().name if path.exists() else path.name.partition("@")[0]
 
 
 def _check_kind(path: Path) -> None:
@@ -208,38 +293,15 @@ def _check_kind(path: Path) -> None:
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Whether it can be a repository of the hub (owner/name), and is no path here."""
-    known = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)) and not str(source).endswith(".safetensors")
-    return bool(known) and not Path(source).exists()
+    """Whether it can be a repository of the hub (owner/name, owner/name@revision), and is no path here."""
+    return Repo.parse(str(source)) is not None
 
 
 def _download(source: str) -> Path:
-    if not is_hub_id(source):
+    repo = Repo.parse(source)
+    if repo is None:
         raise FileError(f"{source}: no such file or directory, and not a hub repo id (owner/name)")
-    import huggingface_hub  # slow to import, and seldom needed
-
-    try:
-        directory = huggingface_hub.snapshot_download(
-            source,
-            allow_patterns=["*.safetensors", "*.json", "*.jinja"],
-            ignore_patterns=["*/*", "consolidated*"],  # copies of the weights in other layouts
-        )
-    except Exception as error:  # the client's own, its HTTP library's, the system's: no common base
-        raise FileError(
-            f"{source}: no such path here, and the hub did not give it: {_hub_reason(error)}"
-        ) from error
-    return Path(directory)
-
-
-def _hub_reason(error: Exception) -> str:
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    if isinstance(error, GatedRepoError):
-        return "it asks for a login (hf auth login) that has agreed to the model's terms"
-    if isinstance(error, RepositoryNotFoundError):
-        return "no such repository, or a private one (hf auth login)"
-    lines = str(error).strip().splitlines()  # the first is the cause, advice follows
-    return lines[0].removeprefix("Got: ").strip() if lines else type(error).__name__
+    return hub.download_checkpoint(repo)
 
 
 def _find_weights(directory: Path) -> Path:
@@ -287,16 +349,14 @@ def _open_shard(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="numpy"):
             pass  # the library checks the header: lengths, types, every tensor inside the file, no overlap
-        file = path.open("rb")
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        shard = Shard.open(path)
     except (SafetensorError, ValueError) as error:  # mmap: ValueError for an empty file
         raise FileError(f"{path}: not a whole safetensors file: {error}") from error
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
-    shard = Shard(path, file, mapped)
-    data = 8 + int.from_bytes(mapped[:8], "little")
+    data = 8 + int.from_bytes(shard.map[:8], "little")
     tensors = {}
-    for name, entry in json.loads(mapped[8:data]).items():
+    for name, entry in json.loads(shard.map[8:data]).items():
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
             tensors[name] = Tensor(

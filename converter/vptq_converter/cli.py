@@ -6,9 +6,11 @@ import argparse
 import os
 import sys
 
-from vptq_converter.convert import DENSE_TYPES, convert
+from vptq_converter.convert import convert
+from vptq_converter.dense import DENSE_TYPES, check_dense_type
 from vptq_converter.dequantize import FILE_TYPES
 from vptq_runtime.commands import command
+from vptq_runtime.errors import OptionError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,12 +38,21 @@ def _parser() -> argparse.ArgumentParser:
     ):
         parser.add_argument(
             f"--{name}-type",
-            choices=DENSE_TYPES,
+            metavar=f"{{{','.join(DENSE_TYPES)}}}",
+            type=_dense_type,
             default="auto",
             help=f"type of the {name} matrix; auto: as in the checkpoint, or as --dequantize says{note}",
         )
     parser.add_argument("--version", action="version", version=f"%(prog)s {command.version()}")
     return parser
+
+
+def _dense_type(value: str) -> str:
+    try:
+        check_dense_type(value)
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return value
 
 
 def main(arguments: list[str] | None = None) -> int:

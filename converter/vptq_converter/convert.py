@@ -10,7 +10,15 @@ from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFValueType
 
 from vptq_converter.architectures import Key, Model, Weight, read_model
 from vptq_converter.checkpoint import Checkpoint, Tensor
-from vptq_converter.dense import OPTION_TYPES, Q8_0_BLOCK, STORED_TYPES, copied, made, matrix
+from vptq_converter.dense import (
+    OPTION_TYPES,
+    STORED_TYPES,
+    block_size,
+    check_dense_type,
+    copied,
+    made,
+    matrix,
+)
 from vptq_converter.dequantize import FILE_TYPES, plain_tensors
 from vptq_converter.gguf_writer import (
     ALIGNMENT,
@@ -24,7 +32,6 @@ from vptq_converter.tokenizer import read_tokenizer
 from vptq_runtime.errors import FileError, OptionError
 
 FORMAT_VERSION = 1  # vptq.version, see docs/file-format.md
-DENSE_TYPES = ("auto", "f16", "q8_0")
 
 
 @dataclass(frozen=True)
@@ -47,13 +54,17 @@ def convert(
     dequantize: str | None = None,
     embedding_type: str = "auto",
     output_type: str = "auto",
+    name: str | None = None,
 ) -> Conversion:
     """Converts a VPTQ checkpoint to a GGUF file.
 
-    source: a .safetensors file, an index.json, a directory, or a Hugging Face repo id.
+    source: a .safetensors file, an index.json, a directory, or a Hugging Face repo id
+        (owner/model, or owner/model@revision).
     target: the file to write; replaced once the new one is whole, left alone if anything goes wrong.
     dequantize: None for a VPTQ file (docs/file-format.md), or f16, bf16, q8_0 for a plain one for llama.cpp.
-    embedding_type, output_type: auto (as in the checkpoint, or as dequantize says), f16, q8_0.
+    embedding_type, output_type: auto (as in the checkpoint, or as dequantize says), f16, q8_0,
+        q5_1, q5_0, q4_1, q4_0.
+    name: what the model is called in the file; None: as the checkpoint's directory or repository is.
 
     Raises FileError, UnsupportedError, OptionError (vptq_runtime.errors).
     """
@@ -61,8 +72,10 @@ def convert(
     if dequantize is not None and dequantize not in FILE_TYPES:
         raise OptionError(f"dequantize: found {dequantize!r}, expected one of {', '.join(FILE_TYPES)}")
     for option, value in (("embedding_type", embedding_type), ("output_type", output_type)):
-        if value not in DENSE_TYPES:
-            raise OptionError(f"{option}: found {value!r}, expected one of {', '.join(DENSE_TYPES)}")
+        try:
+            check_dense_type(value)
+        except OptionError as error:
+            raise OptionError(f"{option}: {error}") from error
     try:
         checkpoint = Checkpoint(source)
         resolved = check_target(Path(target), checkpoint.files())
@@ -76,7 +89,7 @@ def convert(
     arch = model.architecture.gguf_name
     keys: list[Key] = [
         ("general.type", "model", GGUFValueType.STRING, None),
-        ("general.name", checkpoint.name, GGUFValueType.STRING, None),
+        ("general.name", name or checkpoint.name, GGUFValueType.STRING, None),
         *model.hyperparameters.keys(arch),
         *tokenizer.keys,
     ]
@@ -158,11 +171,12 @@ def _weight_tensors(weight: Weight, type: str | None) -> list[OutputTensor]:
         tensors = _layer_tensors(weight.name, weight.weight)
     else:
         shape = weight.weight.shape
-        if type == "q8_0" and shape[1] % Q8_0_BLOCK:
-            raise OptionError(
-                f"{weight.name}: q8_0 asked for, found rows of {shape[1]}, expected a multiple of 32"
-            )
         ggml_type = OPTION_TYPES[type] if type is not None else STORED_TYPES[weight.weight.dtype]
+        if shape[-1] % block_size(ggml_type):
+            raise OptionError(
+                f"{weight.name}: {type} asked for, found rows of {shape[-1]}, expected a multiple of "
+                f"{block_size(ggml_type)}"
+            )
         tensors = [matrix(f"{weight.name}.weight", weight.weight, ggml_type)]
     if weight.bias is not None:
         tensors.append(copied(f"{weight.name}.bias", weight.bias))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
 from vptq_converter.checkpoint import Tensor
@@ -14,7 +14,7 @@ from vptq_converter.gguf_writer import OutputTensor
 from vptq_runtime.errors import OptionError
 
 CHUNK_ELEMENTS = 1 << 22  # weights that one step holds in float32: 16 MiB
-Q8_0_BLOCK = 32
+MOST_F16 = 65504
 
 STORED_TYPES = {
     "F32": GGMLQuantizationType.F32,
@@ -25,7 +25,26 @@ OPTION_TYPES = {
     "f16": GGMLQuantizationType.F16,
     "bf16": GGMLQuantizationType.BF16,
     "q8_0": GGMLQuantizationType.Q8_0,
+    "q5_1": GGMLQuantizationType.Q5_1,
+    "q5_0": GGMLQuantizationType.Q5_0,
+    "q4_1": GGMLQuantizationType.Q4_1,
+    "q4_0": GGMLQuantizationType.Q4_0,
 }
+DENSE_TYPES = ("auto", *(name for name in OPTION_TYPES if name != "bf16"))  # of embedding and output
+READ_ONLY = ("q6_k", "q5_k", "q4_k", "q3_k", "q2_k")  # types that the gguf library reads and can't write
+
+
+def check_dense_type(value: str) -> None:
+    """Raises OptionError unless the embedding or the output matrix can be written in this type."""
+    if value in DENSE_TYPES:
+        return
+    why = ", which the gguf library cannot write" if value in READ_ONLY else ""
+    raise OptionError(f"found {value!r}{why}, expected one of {', '.join(DENSE_TYPES)}")
+
+
+def block_size(type: GGMLQuantizationType) -> int:
+    """A row of a matrix of this type is a multiple of so many weights."""
+    return GGML_QUANT_SIZES[type][0]
 
 
 def copied(
@@ -76,20 +95,16 @@ def encoded(
 ) -> Iterator[NDArray[Any]]:
     """The matrix that rows(start, stop) gives in float32, encoded in steps of a multiple of `multiple` rows.
 
-    Raises OptionError for a value that float16 can't hold.
+    Raises OptionError for a value that float16 can't hold: of blocks it may be the smallest weight.
     """
     n_rows, n_columns = shape
     step = -(-max(1, CHUNK_ELEMENTS // n_columns) // multiple) * multiple
     for start in range(0, n_rows, step):
         values = rows(start, min(start + step, n_rows))
-        if type == GGMLQuantizationType.F16:
-            with np.errstate(over="ignore"):
-                result = values.astype(np.float16)
-            if np.isinf(result).any():
-                largest = float(np.abs(values).max())
-                raise OptionError(
-                    f"{name}: found a weight of size {largest:.6g}, expected at most 65504 for f16: use bf16"
-                )
-            yield result
-        else:
-            yield quants.quantize(values, type)
+        largest = float(np.abs(values).max())
+        if largest > MOST_F16 and type not in (GGMLQuantizationType.F32, GGMLQuantizationType.BF16):
+            raise OptionError(
+                f"{name}: found a weight of size {largest:.6g}, expected at most {MOST_F16} for "
+                f"{type.name.lower()}: use bf16"
+            )
+        yield values.astype(np.float16) if type == GGMLQuantizationType.F16 else quants.quantize(values, type)

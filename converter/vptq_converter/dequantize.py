@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from vptq_converter.architectures import Model, Weight
 from vptq_converter.checkpoint import Tensor
-from vptq_converter.dense import OPTION_TYPES, Q8_0_BLOCK, encoded, made, vector_f32
+from vptq_converter.dense import OPTION_TYPES, block_size, encoded, made, vector_f32
 from vptq_converter.gguf_writer import OutputTensor
 from vptq_runtime.errors import UnsupportedError
 
@@ -25,7 +25,8 @@ FILE_TYPES = {
 def plain_tensors(model: Model, types: dict[str, str]) -> tuple[list[OutputTensor], list[str]]:
     """Every matrix in the type that `types` has for its name or for ""; norms and biases in F32.
 
-    A matrix whose rows are not whole blocks of q8_0 becomes f16. Rows of q and k are in llama.cpp's order.
+    A matrix whose rows are not whole blocks of its type becomes f16. Rows of q and k are in llama.cpp's
+    order.
     Beside the tensors: what the user of the file should know. Raises UnsupportedError for what llama.cpp
     can't express.
     """
@@ -35,28 +36,31 @@ def plain_tensors(model: Model, types: dict[str, str]) -> tuple[list[OutputTenso
             f"--dequantize: llama.cpp has no llama3 RoPE scaling for the architecture {arch}"
         )
     tensors = []
-    not_q8_0 = []
+    not_blocks: list[tuple[str, Weight]] = []
     for weight in model.weights:
         name = f"{weight.name}.weight"
         if isinstance(weight.weight, Tensor) and len(weight.weight.shape) == 1:
             tensors.append(vector_f32(name, weight.weight))
             continue
         shape = _shape(weight)
-        type = OPTION_TYPES[types.get(weight.name, types[""])]
-        if type == GGMLQuantizationType.Q8_0 and shape[1] % Q8_0_BLOCK:
+        type_name = types.get(weight.name, types[""])
+        type = OPTION_TYPES[type_name]
+        if shape[1] % block_size(type):
             type = GGMLQuantizationType.F16
-            not_q8_0.append(weight)
+            not_blocks.append((type_name, weight))
         tensors.append(OutputTensor(name, type, shape, lambda w=weight, t=type: _chunks(w, t)))  # type: ignore[misc]
         if weight.bias is not None:
             bias = _llama_cpp_order(weight.bias.finite(), weight.n_heads_permuted)
             tensors.append(made(f"{weight.name}.bias", GGMLQuantizationType.F32, bias))
-    if not not_q8_0:
-        return tensors, []
-    first = f"{not_q8_0[0].name}: {_shape(not_q8_0[0])[1]}"
-    matrices = "1 matrix is" if len(not_q8_0) == 1 else f"{len(not_q8_0)} matrices are"
-    return tensors, [
-        f"{matrices} f16, not q8_0, which needs rows of a multiple of {Q8_0_BLOCK} weights ({first})"
-    ]
+    notes = []
+    for type_name in dict.fromkeys(name for name, _ in not_blocks):
+        weights = [weight for name, weight in not_blocks if name == type_name]
+        matrices = "1 matrix is" if len(weights) == 1 else f"{len(weights)} matrices are"
+        notes.append(
+            f"{matrices} f16, not {type_name}, which needs rows of a multiple of "
+            f"{block_size(OPTION_TYPES[type_name])} weights ({weights[0].name}: {_shape(weights[0])[1]})"
+        )
+    return tensors, notes
 
 
 def _shape(weight: Weight) -> tuple[int, ...]:

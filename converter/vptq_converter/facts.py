@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFEndian, GGUFReader, GGUFValueType
 from gguf.gguf_reader import ReaderTensor
 from numpy.typing import NDArray
 
+from vptq_converter.gguf_reader import open_gguf, row_major
 from vptq_converter.layer import MAX_CENTROIDS, index_bits, packed_words
 from vptq_runtime.errors import FileError
 
-MAX_STRINGS = 1 << 22  # of one array: the largest vocabularies have less than 2**19 tokens
 EMBEDDINGS = ("token_embd", "output")
 BLOCK = re.compile(r"^blk\.([0-9]{1,9})\.")
 VPTQ_FIELD = re.compile(r"(.+)\.vptq_([a-z_]+)")
@@ -116,68 +115,10 @@ class Facts:
         return {way: 8 * size / n for way, (size, n) in ways.items() if n}
 
 
-class _CheckedReader(GGUFReader):
-    """GGUFReader that stops at the end of the file: by itself it goes on there, over empty arrays, for as
-    long as a length in the file says. And it reads arrays fast: vocabularies have 10^5 entries."""
-
-    def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> NDArray[Any]:
-        end = offset + np.dtype(dtype).itemsize * int(count)
-        if end > len(self.data):
-            raise ValueError(f"found its end at byte {len(self.data)}, expected at least {end} bytes")
-        return super()._get(offset, dtype, count, override_order)
-
-    def _get_field_parts(
-        self, orig_offs: int, raw_type: int
-    ) -> tuple[int, list[NDArray[Any]], list[int], list[GGUFValueType]]:
-        if raw_type != GGUFValueType.ARRAY:
-            return super()._get_field_parts(orig_offs, raw_type)
-        item_type = GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
-        length = int(self._get(orig_offs + 4, np.uint64)[0])
-        types = [GGUFValueType.ARRAY, item_type]
-        start = orig_offs + 12
-        if item_type in self.gguf_scalar_to_np:
-            items = self._get(start, self.gguf_scalar_to_np[item_type], length)
-            return 12 + items.nbytes, [items], [0], types
-        if item_type != GGUFValueType.STRING or length > MAX_STRINGS:
-            raise ValueError(
-                f"found an array of {length} {item_type.name}, expected at most {MAX_STRINGS} strings"
-            )
-        data = self.data.view(np.ndarray)
-        strings = []
-        end = start
-        for _ in range(length):
-            begin = end + 8
-            end = begin + int.from_bytes(data[end:begin].tobytes(), "little")
-            if end > len(data):
-                raise ValueError(f"found its end at byte {len(data)}, expected an array of {length} strings")
-            strings.append(data[begin:end])
-        return end - orig_offs, strings, list(range(length)), types
-
-
 def read_facts(path: Path) -> Facts:
     """Reads a GGUF file's header and the shapes in it; raises FileError. Tensor data is only mapped."""
-    try:
-        if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
-            found = "a directory" if path.is_dir() else "a safetensors file"
-            raise FileError(
-                f"{path}: found {found}, expected a GGUF file: vptq-convert makes one of a checkpoint"
-            )
-        if not path.is_file():
-            found = "something that is not a regular file" if path.exists() else "nothing"
-            raise FileError(f"{path}: found {found}, expected a GGUF file")
-        file_bytes = path.stat().st_size
-        reader = _CheckedReader(path)
-        if reader.endianess != GGUFEndian.LITTLE:
-            raise FileError(f"{path}: found a big-endian file, expected a little-endian one")
-        metadata = {
-            name: entry.contents() for name, entry in reader.fields.items() if not name.startswith("GGUF.")
-        }
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError, RecursionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise FileError(f"{path}: not a whole GGUF file: {reason}") from error
-
+    reader = open_gguf(path)
+    metadata = reader.metadata()
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     linears = tuple(_linears(path, metadata, tensors))
     in_linears = sum(linear.n_weights for linear in linears)
@@ -189,7 +130,7 @@ def read_facts(path: Path) -> Facts:
     token_embd = tensors.get("token_embd.weight")
     return Facts(
         path=path,
-        file_bytes=file_bytes,
+        file_bytes=len(reader.data),
         metadata=metadata,
         linears=linears,
         embedding_type=token_embd.tensor_type.name if token_embd is not None else None,
@@ -212,13 +153,8 @@ def _owner(tensor_name: str) -> str:
     return tensor_name.rpartition(".")[0]
 
 
-def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
-    """Row-major; GGUF lists the fastest dimension first."""
-    return tuple(int(n) for n in reversed(tensor.shape))
-
-
 def _n_elements(tensor: ReaderTensor) -> int:
-    return prod(_shape(tensor))
+    return prod(row_major(tensor))
 
 
 def _linears(
@@ -251,7 +187,7 @@ def _linears(
                 indices=parts["indices"].data,
             )
         elif (name.startswith("blk.") or name == "output") and tensor_name.endswith(".weight"):
-            shape = _shape(tensor)
+            shape = row_major(tensor)
             if len(shape) == 2 and prod(shape) > 0 and name not in vptq:
                 yield Linear(
                     name=name,
@@ -304,7 +240,7 @@ def _vptq_config(
     def shape(key: str, n_dims: int) -> tuple[int, ...]:
         if key not in parts:
             raise FileError(f"{path}: tensor {_shown(f'{name}.vptq_{key}')} is missing")
-        found = _shape(parts[key])
+        found = row_major(parts[key])
         if len(found) != n_dims or 0 in found:
             where = _shown(f"{name}.vptq_{key}")
             raise FileError(f"{path}: tensor {where}: found shape {found}, expected {n_dims} dimensions")

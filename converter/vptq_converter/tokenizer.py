@@ -18,7 +18,7 @@ from vptq_converter.architectures import Key
 from vptq_converter.checkpoint import Checkpoint
 from vptq_converter.config import Section
 from vptq_runtime.errors import FileError, UnsupportedError
-from vptq_runtime.text_file import read_text
+from vptq_runtime.text_file import parse_json
 
 # How text is cut before merging: llama.cpp has splitters built in, and tokenizer.ggml.pre names one.
 # Llama 3 and Qwen2 differ in one place: how many digits go together.
@@ -29,6 +29,9 @@ _SPLIT = (
 SPLITTERS = {
     _SPLIT.format(digits=r"\p{N}{1,3}"): "llama-bpe",
     _SPLIT.format(digits=r"\p{N}"): "qwen2",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
 }
 
 
@@ -45,9 +48,9 @@ def read_tokenizer(checkpoint: Checkpoint, n_vocab: int) -> TokenizerKeys:
     Raises FileError for what is missing, damaged or larger than the embedding, UnsupportedError for one
     that is not BPE.
     """
-    path = checkpoint.directory / "tokenizer.json"
-    json = read_text(path)
-    root = Section.read(path)
+    path = checkpoint.path("tokenizer.json")
+    json = checkpoint.text("tokenizer.json")
+    root = Section(path, parse_json(json, path))
     tokenizer = _load(path, json)
     vocabulary = {id: token for token, id in tokenizer.get_vocab(with_added_tokens=True).items()}
     if not vocabulary or max(vocabulary) >= n_vocab:
@@ -124,12 +127,14 @@ def _parts(root: Section, key: str, sequence: str) -> Iterator[dict[str, Any]]:
 
 
 def _splitter(root: Section) -> str:
+    single_digits = False
     for part in _parts(root, "pre_tokenizer", "pretokenizers"):
         pattern = part.get("pattern")
         if part.get("type") == "Split" and isinstance(pattern, dict) and pattern.get("Regex") in SPLITTERS:
             return SPLITTERS[pattern["Regex"]]
+        single_digits |= part.get("type") == "Digits" and part.get("individual_digits") is True
         if part.get("type") == "ByteLevel" and part.get("use_regex", True):
-            return "gpt-2"
+            return "smollm" if single_digits else "gpt-2"
     return "default"
 
 
@@ -218,10 +223,9 @@ def _ends(path: Path, tokenizer: Tokenizer, n_vocab: int) -> tuple[int | None, i
 
 def _chat_template(checkpoint: Checkpoint, config: Section) -> str | None:
     """The model's chat template, the one named `default` where it has several."""
-    path = checkpoint.directory / "chat_template.jinja"
     template: Any = config.values.get("chat_template")
-    if checkpoint.has(path.name):
-        template = read_text(path)
+    if checkpoint.has("chat_template.jinja"):
+        template = checkpoint.text("chat_template.jinja")
     if isinstance(template, list):
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
         template = named[0].get("template") if named else None

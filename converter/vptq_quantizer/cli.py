@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from vptq_converter.checkpoint import Checkpoint, is_hub_id
+from vptq_converter.checkpoint import is_hub_id
+from vptq_converter.dense_gguf.checkpoint import open_checkpoint
 
-from vptq_quantizer.options import OPTION_NAMES, QuantizeOptions
-from vptq_quantizer.run.report import check_plot, plot, table
+from vptq_quantizer.options import DEFAULT_BITS, DEFAULT_SEQ_LEN, OPTION_NAMES, QuantizeOptions
+from vptq_quantizer.run.report import check_plot, plan_table, plot, table
 from vptq_runtime.commands import command
 from vptq_runtime.commands.progress import print_line
 from vptq_runtime.errors import FileError
@@ -25,25 +26,29 @@ def _parser() -> argparse.ArgumentParser:
         "takes from there. A run that was interrupted goes on where it was.",
     )
     parser.add_argument(
-        "model", metavar="MODEL_DIR", help="a directory with config.json, *.safetensors and tokenizer.json"
+        "model",
+        metavar="SOURCE",
+        help="a directory with config.json, *.safetensors and tokenizer.json, a repo id of the hub, or a "
+        "dense GGUF file of llama.cpp",
     )
     parser.add_argument("out", metavar="OUT_DIR", help="a new directory, or that of a run to go on with")
     default = QuantizeOptions()
 
-    def option(group: Any, name: str, text: str, **more: Any) -> None:
+    def option(group: Any, name: str, text: str, instead: str | None = None) -> None:
+        """instead: what there is where it is not given; a number then is an integer."""
         value = getattr(default, name)
         group.add_argument(
             f"--{name.replace('_', '-')}",
-            type=type(value),
+            type=int if instead else type(value),
             default=value,
             metavar="N",
-            help=f"{text} (default: %(default)s)",
-            **more,
+            help=f"{text} (default: {instead or '%(default)s'})",
         )
 
     codebooks = parser.add_argument_group("codebooks")
-    option(codebooks, "vector_len", "outputs that share an index")
-    option(codebooks, "centroids", "entries of a codebook")
+    chosen = "chosen for each matrix"
+    option(codebooks, "vector_len", "outputs that share an index", chosen)
+    option(codebooks, "centroids", "entries of a codebook", chosen)
     option(codebooks, "res_centroids", "entries of the codebook for what the first leaves; 0: none")
     option(codebooks, "groups", "codebooks of a layer, each for as many input columns")
     option(
@@ -54,16 +59,33 @@ def _parser() -> argparse.ArgumentParser:
     option(codebooks, "outlier_vector_len", "outputs that share an index there")
     option(codebooks, "outlier_centroids", "entries of that codebook")
 
+    sizes = parser.add_argument_group("a size, instead of codebooks by hand")
+    sizes.add_argument(
+        "--target-bits",
+        type=float,
+        metavar="BITS",
+        help="per weight of all linear layers, all that is stored counted: each matrix gets what costs the "
+        f"model least (default, without --vector-len and --centroids: {DEFAULT_BITS:g})",
+    )
+    sizes.add_argument(
+        "--dry-run", action="store_true", help="print the plan and what it is expected to cost; write nothing"
+    )
+
     text = parser.add_argument_group("calibration")
     text.add_argument("--calibration", metavar="FILE", nargs="+", default=[], help="text files")
     option(text, "samples", "windows of text")
-    option(text, "seq_len", "tokens of a window")
+    option(text, "seq_len", "tokens of a window", f"{DEFAULT_SEQ_LEN}, or the model's context")
     text.add_argument(
         "--hessians", metavar="DIR", help="where the Hessians are kept; those that are there are used again"
     )
     option(text, "damping", "added to the Hessian's diagonal, in units of its mean")
 
     method = parser.add_argument_group("method")
+    method.add_argument(
+        "--sequential",
+        action="store_true",
+        help="fit each layer to what the quantised layers before give it; not with --hessians",
+    )
     method.add_argument(
         "--finetune", action="store_true", help="fit codebooks, norms and indices of each layer once more"
     )
@@ -101,7 +123,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    options = QuantizeOptions(**{name: getattr(arguments, name) for name in OPTION_NAMES})
+    options = QuantizeOptions(
+        **{name: getattr(arguments, name) for name in OPTION_NAMES if hasattr(arguments, name)}
+    )
     layers = None
     if arguments.layers is not None:
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", arguments.layers)
@@ -125,6 +149,7 @@ def _run(arguments: argparse.Namespace) -> None:
             hessians=arguments.hessians,
             layers=layers,
             device=arguments.device,
+            dry_run=arguments.dry_run,
             warn=warn,
             tell=print_line,
         )
@@ -137,13 +162,20 @@ def _run(arguments: argparse.Namespace) -> None:
 def _check_paths(arguments: argparse.Namespace) -> None:
     """What is wrong with them is said before torch is loaded."""
     if not is_hub_id(arguments.model):
-        Checkpoint(arguments.model)
+        open_checkpoint(arguments.model)
     for file in arguments.calibration:
         if not Path(file).exists():
             raise FileError(f"--calibration: {file}: no such file")
 
 
 def _show(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
+    if arguments.dry_run:
+        planned = report["plan"]
+        Console().print(plan_table(planned["config_for_layers"], report["n_layers"]))
+        print(f"{planned['bits_per_weight']:.3f} bits per weight of the linear layers")
+        if planned["expected_kl_divergence"] is not None:
+            print(f"KL divergence to expect, without training: about {planned['expected_kl_divergence']:.2f}")
+        return
     Console().print(table(report["layers"]))
     if "end_to_end" in report:
         before, after = report["end_to_end"]["kl_divergence"]

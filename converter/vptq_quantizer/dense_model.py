@@ -116,18 +116,33 @@ class DenseModel:
 
     def advance(self, n: int, layer: nn.Module, hidden: Tensor) -> None:
         """Runs decoder layer n over hidden states (n_windows, seq_len, n_embd), in place."""
-        arguments = self._arguments(n, hidden[:1].to(self.device))
+        arguments = self.arguments(n, hidden[:1].to(self.device))
         for batch in torch.split(hidden, max(1, BATCH_TOKENS // hidden.shape[1])):
             with torch.inference_mode():
                 batch.copy_(layer(batch.to(self.device), **arguments))
 
+    def call(self, n: int, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Hidden states (n_windows, seq_len, n_embd) after decoder layer n; gradients flow through it."""
+        arguments = self.arguments(n, hidden[:1].detach())
+        after: Tensor = layer(
+            hidden, **{name: _outside_inference(value) for name, value in arguments.items()}
+        )
+        return after
+
     @torch.inference_mode()
-    def _arguments(self, n: int, window: Tensor) -> dict[str, Any]:
+    def arguments(self, n: int, window: Tensor) -> dict[str, Any]:
         """What the model calls layer n with, for windows of this length (1, seq_len, n_embd)."""
         self._body(inputs_embeds=window, use_cache=False)
         recorder = self._body.layers[n]
         assert isinstance(recorder, _Recorder)
         return recorder.arguments
+
+
+def _outside_inference(value: Any) -> Any:
+    """Copies of tensors that inference mode has made: autograd refuses to keep those."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return tuple(map(_outside_inference, value)) if isinstance(value, tuple) else value
 
 
 def linears(layer: nn.Module) -> dict[str, nn.Linear]:

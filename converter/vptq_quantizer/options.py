@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from math import ceil
 
@@ -10,26 +10,32 @@ from vptq_converter.layer import MAX_CENTROIDS, MAX_VECTOR_LENGTH, LayerConfig
 
 from vptq_runtime.errors import OptionError
 
+DEFAULT_BITS = 2.0  # per weight, where neither v and k nor a size are given
+DEFAULT_SEQ_LEN = 2048
+
 
 @dataclass(frozen=True)
 class QuantizeOptions:
     """Raises OptionError, which names the option as the command has it, for a value out of range."""
 
-    vector_len: int = 8  # v: outputs of one input column that share an index
-    centroids: int = 65536  # k
+    vector_len: int | None = None  # v: outputs of one input column that share an index
+    centroids: int | None = None  # k; without v and k each matrix gets its own, by target_bits
     res_centroids: int = 0  # r, 0: no residual
     groups: int = 1  # g: codebooks of a layer
     outliers: float = 0.0  # percent of the input columns, at least; so many that the rest makes equal groups
     outlier_vector_len: int = 4  # v0
     outlier_centroids: int = 4096  # k0
+    target_bits: float | None = None  # per weight of all linear layers, all that is stored counted; None:
+    # DEFAULT_BITS, without v and k
     damping: float = 0.01  # times the Hessian's mean diagonal, added to its diagonal
     normalize: bool = True  # input columns to mean 0 and variance 1
     hessian_weights: bool = True  # k-means weighs each column by h_ii; False: all alike
     second_order: bool = True  # a column's error moves into the columns after it; False: nearest centroids
+    sequential: bool = False  # Hessians of what the quantised layers before give; False: of the dense model's
     finetune: bool = False  # layer by layer: codebooks and norms, and indices again
     end_to_end: int = 0  # training steps of the whole model's codebooks and norms; 0: none
     samples: int = 128  # windows of calibration text
-    seq_len: int = 2048  # tokens of a window
+    seq_len: int | None = None  # tokens of a window; None: DEFAULT_SEQ_LEN, or the model's context
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -43,15 +49,21 @@ class QuantizeOptions:
             ("seed", 0, 2**31 - 1),
         ):
             value = getattr(self, name)
+            if value is None and name in ("vector_len", "seq_len"):
+                continue
             if type(value) is not int or not low <= value <= high:
                 raise option_error(name, value, f"an integer from {low} to {high}")
         for name, least in (("centroids", 2), ("res_centroids", 0), ("outlier_centroids", 2)):
             value = getattr(self, name)
+            if value is None and name == "centroids":
+                continue
             power = type(value) is int and 2 <= value <= MAX_CENTROIDS and value & (value - 1) == 0
             if not power and not (value == least == 0):
                 none = "0 (none) or " if least == 0 else ""
                 raise option_error(name, value, f"{none}a power of two from 2 to {MAX_CENTROIDS}")
-        if self.res_centroids > self.centroids:  # its packed indices are masked with the main index's width
+        if (
+            self.centroids is not None and self.res_centroids > self.centroids
+        ):  # its packed indices are masked with the main index's width
             raise option_error(
                 "res_centroids",
                 self.res_centroids,
@@ -61,6 +73,39 @@ class QuantizeOptions:
             raise option_error("outliers", self.outliers, "a percentage from 0 to 50")
         if type(self.damping) not in (int, float) or not 0 < self.damping <= 10:
             raise option_error("damping", self.damping, "a number above 0, at most 10")
+        self._check_target()
+
+    def _check_target(self) -> None:
+        """Either v and k, or a size for which they are chosen."""
+        if self.target_bits is not None and (
+            type(self.target_bits) not in (int, float) or not 0 < self.target_bits <= 16
+        ):
+            raise option_error("target_bits", self.target_bits, "bits per weight, above 0 and at most 16")
+        if (self.vector_len is None) != (self.centroids is None):
+            given, missing = ("vector_len", "centroids")[:: 1 if self.centroids is None else -1]
+            raise option_error(missing, "none", f"one beside {_spelled(given)}, or neither of them")
+        if self.by_hand and self.target_bits is not None:
+            raise OptionError("--target-bits: found --vector-len and --centroids beside it, expected either")
+        if self.by_hand:
+            return
+        for name, none in (("res_centroids", 0), ("groups", 1), ("outliers", 0)):
+            if getattr(self, name) != none:
+                raise option_error(
+                    name,
+                    getattr(self, name),
+                    "--vector-len and --centroids with it: a plan chooses for itself",
+                )
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether v and k are given; otherwise a plan chooses them for each matrix."""
+        return self.vector_len is not None and self.centroids is not None
+
+    def for_model(self, n_ctx_train: int) -> QuantizeOptions:
+        """Itself with the window that a model of this context gets where none is given."""
+        if self.seq_len is not None:
+            return self
+        return replace(self, seq_len=max(2, min(DEFAULT_SEQ_LEN, n_ctx_train)))
 
     def layer_config(self, module: str, out_features: int, in_features: int) -> LayerConfig:
         """How one linear layer of that size is quantised; raises OptionError where it is too small for it."""
@@ -73,6 +118,8 @@ class QuantizeOptions:
                 f"{module}: {in_features} input columns, {n0} of them outliers: found --groups {g}, "
                 "expected a divisor of the rest"
             )
+        if self.vector_len is None or self.centroids is None:
+            raise option_error("centroids", "none", "--vector-len and --centroids")
         perm = g > 1 or n0 > 0  # else the order of the columns is nobody's business but the sweep's
         if perm and in_features > MAX_CENTROIDS:
             raise OptionError(
@@ -113,7 +160,11 @@ class QuantizeOptions:
 
 def option_error(name: str, found: object, expected: str) -> OptionError:
     """An error about the option that the command spells --name."""
-    return OptionError(f"--{name.replace('_', '-')}: found {found}, expected {expected}")
+    return OptionError(f"{_spelled(name)}: found {found}, expected {expected}")
+
+
+def _spelled(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 OPTION_NAMES = tuple(field.name for field in fields(QuantizeOptions))

@@ -66,7 +66,14 @@ def test_an_error_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["in"], ["in", "out", "more"], ["in", "out", "--dequantize", "q4_0"], ["in", "out", "--nothing"]],
+    [
+        [],
+        ["in"],
+        ["in", "out", "more"],
+        ["in", "out", "--dequantize", "q4_0"],
+        ["in", "out", "--nothing"],
+        ["in", "out", "--embedding-type", "q6_k"],
+    ],
 )
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:

@@ -147,8 +147,11 @@ def test_dense_types_can_be_chosen(name: str, tmp_path: Path) -> None:
         ({"embedding_type": "q8_0"}, ("Q8_0", None)),
         ({"embedding_type": "q8_0", "output_type": "q8_0"}, ("Q8_0", None)),
         ({"embedding_type": "q8_0", "output_type": "f16"}, ("Q8_0", "F16")),
+        ({"embedding_type": "q4_1", "output_type": "q5_1"}, ("Q4_1", "Q5_1")),
+        ({"embedding_type": "q5_0"}, ("Q5_0", None)),
         ({"dequantize": "bf16"}, ("BF16", None)),
         ({"dequantize": "bf16", "output_type": "q8_0"}, ("BF16", "Q8_0")),
+        ({"dequantize": "q8_0", "embedding_type": "q4_0"}, ("Q4_0", None)),
     ],
 )
 def test_a_tied_output_gets_its_own_tensor_only_for_another_type(
@@ -175,10 +178,21 @@ def test_a_quantised_output_layer(tmp_path: Path) -> None:
     assert np.array_equal(output, weights(checkpoint)["lm_head.weight"].astype(np.float16))
 
 
-def test_q8_0_needs_whole_blocks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("type", ["q8_0", "q5_1", "q4_0"])
+def test_quantised_matrices_need_whole_blocks(type: str, tmp_path: Path) -> None:
     checkpoint = write("llama", tmp_path / "checkpoint")
-    with pytest.raises(OptionError, match="token_embd: q8_0 asked for, found rows of 100"):
-        convert(checkpoint, tmp_path / "out.gguf", embedding_type="q8_0")
+    expected = f"token_embd: {type} asked for, found rows of 100, expected a multiple of 32"
+    with pytest.raises(OptionError, match=expected):
+        convert(checkpoint, tmp_path / "out.gguf", embedding_type=type)
+    done = convert(checkpoint, tmp_path / "out.gguf", dequantize="bf16", embedding_type=type)
+    assert done.notes[0].startswith(f"1 matrix is f16, not {type}, which needs rows of a multiple of 32")
+
+
+@pytest.mark.parametrize("type", ["q6_k", "q4_k"])
+def test_types_that_the_library_cannot_write(type: str, tmp_path: Path) -> None:
+    expected = f"embedding_type: found '{type}', which the gguf library cannot write, expected one of auto, "
+    with pytest.raises(OptionError, match=expected):
+        convert(tmp_path, tmp_path / "out.gguf", embedding_type=type)
 
 
 def test_weights_too_large_for_f16_are_refused(tmp_path: Path) -> None:
@@ -187,6 +201,8 @@ def test_weights_too_large_for_f16_are_refused(tmp_path: Path) -> None:
     change_tensors(checkpoint, lambda tensors: tensors[name].view(-1)[:1].fill_(100000.0))
     with pytest.raises(OptionError, match=r"token_embd.*found a weight of size 99840.*65504"):
         convert(checkpoint, tmp_path / "out.gguf", dequantize="f16")
+    with pytest.raises(OptionError, match=r"token_embd.*found a weight of size 99840.*65504 for f16"):
+        convert(checkpoint, tmp_path / "out.gguf", embedding_type="f16")
     assert not (tmp_path / "out.gguf").exists()
     convert(checkpoint, tmp_path / "out.gguf", dequantize="bf16")
 

@@ -101,6 +101,9 @@ TENSORS: dict[str, tuple[bytes, int, str]] = {
     "unknown type": (info("a", [32], dtype=12), 1, "type number 12"),
     "a plain GGUF": (info("a", [32], dtype=12), 1, "run a plain GGUF with llama.cpp"),
     "half a q8_0 block": (info("a", [33], dtype=8), 1, "type Q8_0 and shape (33,)"),
+    "half a q4_0 block": (info("a", [16], dtype=2), 1, "type Q4_0 and shape (16,)"),
+    "too large in q5_1": (info("a", [2**40, 2**40], dtype=7), 1, "type Q5_1 and shape"),
+    "q4_1 past the end": (info("a", [2**20, 2**10], dtype=3), 1, "outside the file"),
     "control characters": (info("a\n\x1b[31m", [32], dtype=12), 1, "tensor 'a??[31m'"),
 }
 
@@ -203,7 +206,7 @@ BAD_WEIGHTS: dict[str, tuple[str, np.ndarray | None, str]] = {
     "integers": (
         "blk.0.attn_q.weight",
         np.ones((32, 32), np.int16),
-        "type I16, expected F32, F16, BF16 or Q8_0",
+        "type I16, expected F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1 or Q4_0",
     ),
     "bias": (
         "blk.0.attn_q.bias",

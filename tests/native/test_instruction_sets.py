@@ -1,9 +1,10 @@
 """Every instruction set beside the generic kernels: conversions to the bit, a whole model within rounding."""
 
+import gguf
 import numpy as np
 import pytest
 from feeding import all_logits
-from layer_tensors import DTYPES
+from layer_tensors import DTYPES, QUANTISED
 from numpy.typing import NDArray
 
 from vptq_runtime import _native, demo_path
@@ -12,7 +13,7 @@ ALL_16_BITS = np.arange(1 << 16).astype(np.uint16)
 
 
 def embed(isa: str, dtype: str, data: NDArray[np.generic], n: int) -> NDArray[np.float32]:
-    rows = data.size // n if dtype != "q8_0" else data.size // (34 * n // 32)
+    rows = data.size // (n // 32 * data.shape[1] if dtype in QUANTISED else n)
     table = (DTYPES[dtype], [rows, n], data.tobytes())
     return _native.Operations(isa, 1).embed(table, range(rows))
 
@@ -35,6 +36,20 @@ def test_every_quantised_weight(isa: str) -> None:
     scale = blocks[:, :2].copy().view("<f2").astype(np.float32)
     expected = scale * blocks[:, 2:].view(np.int8).astype(np.float32)
     np.testing.assert_array_equal(embed(isa, "q8_0", blocks, 64).ravel(), expected.ravel())
+
+
+@pytest.mark.parametrize("dtype", [name for name in QUANTISED if name != "q8_0"])
+@pytest.mark.parametrize("isa", _native.cpu_isas())
+def test_every_packed_weight(isa: str, dtype: str) -> None:
+    """Random bits, so that every weight comes at every place; scales, and smallest weights, of all sizes."""
+    type = gguf.GGMLQuantizationType(DTYPES[dtype])
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(256, size=(512, gguf.GGML_QUANT_SIZES[type][1])).astype(np.uint8)
+    halves = np.array([1.5, -0.25, 2**-24, 65504, 0, 1, 3, -7], "<f2")
+    n_halves = 2 if dtype.endswith("_1") else 1
+    blocks[:, : 2 * n_halves] = rng.choice(halves, size=(512, n_halves)).view(np.uint8)
+    expected = gguf.quants.dequantize(blocks, type)
+    np.testing.assert_array_equal(embed(isa, dtype, blocks, 64).ravel(), expected.ravel())
 
 
 @pytest.mark.parametrize("isa", _native.cpu_isas())

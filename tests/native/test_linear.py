@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from layer_tensors import Raw, floats, raw, vptq_layer
+from layer_tensors import MATRIX_TYPES, QUANTISED, Raw, floats, raw, vptq_layer
 from numpy.typing import NDArray
 from relative_error import relative_l2
 
@@ -63,19 +63,18 @@ def test_every_index_width(operations: _native.Operations, bits: int) -> None:
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 3, 4, 67])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 31), (33, 64), (4, 257), (66, 300), (130, 96)])
-@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("dtype", MATRIX_TYPES)
 def test_dense_linear(
     operations: _native.Operations, dtype: str, shape: tuple[int, int], n_tokens: int
 ) -> None:
     out, n_in = shape
-    if dtype == "q8_0":
+    if dtype in QUANTISED:
         n_in = 32 * -(-n_in // 32)
     rng = np.random.default_rng(out)
     tensors = {"weight": raw(rng.normal(size=(out, n_in)).astype(np.float32), dtype)}
     x = rng.normal(size=(n_tokens, n_in)).astype(np.float32)
     weight = _native.Operations.dequantize(tensors, n_in, out).astype(np.float64)
-    if dtype != "q8_0":
-        assert np.array_equal(weight, floats(tensors["weight"]))
+    assert np.array_equal(weight, floats(tensors["weight"]))
     assert relative_l2(operations.linear(tensors, out, x), x.astype(np.float64) @ weight.T) < 1e-6
 
 

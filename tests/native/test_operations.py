@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from layer_tensors import raw
+from layer_tensors import MATRIX_TYPES, raw
 from relative_error import relative_l2
 
 from vptq_runtime import _native
 from vptq_runtime.errors import OptionError
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("dtype", MATRIX_TYPES)
 def test_embed(operations: _native.Operations, dtype: str) -> None:
     table = np.random.default_rng(1).normal(size=(9, 96)).astype(np.float32)
     tensor = raw(table, dtype)

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from feeding import all_logits
 from gpu import need_gpu
-from layer_tensors import Raw, raw, vptq_layer
+from layer_tensors import MATRIX_TYPES, Raw, raw, vptq_layer
 from tiny_gguf import KEYS, tensors, write
 
 from vptq_runtime import _native, demo_path
 from vptq_runtime.errors import DeviceError
 
 N_FEATURES = 96  # of all layers' inputs and outputs
-DENSE = ("f32", "f16", "bf16", "q8_0")
 VPTQ: list[dict[str, Any]] = [
     dict(v=2, k=16),
     dict(v=3, k=5, dtype="f32"),
@@ -42,7 +41,7 @@ VPTQ: list[dict[str, Any]] = [
 def layers() -> list[dict[str, Raw]]:
     """One layer (N_FEATURES, N_FEATURES) of each kind."""
     rng = np.random.default_rng(0)
-    found = [{"weight": raw(rng.normal(size=(N_FEATURES, N_FEATURES)), dtype)} for dtype in DENSE]
+    found = [{"weight": raw(rng.normal(size=(N_FEATURES, N_FEATURES)), dtype)} for dtype in MATRIX_TYPES]
     for kind in VPTQ:
         group_size = (N_FEATURES - kind.get("n0", 0)) // kind.get("g", 1)
         made, n_in = vptq_layer(rng, out=N_FEATURES, group_size=group_size, **kind)
@@ -53,13 +52,14 @@ def layers() -> list[dict[str, Raw]]:
 
 @pytest.fixture(scope="module")
 def all_kinds(tmp_path_factory: pytest.TempPathFactory) -> _native.Model:
-    """Three layers, two of them windowed; every linear layer is of another kind."""
+    """Four layers, two of them windowed; every linear layer is of another kind, until all kinds are there."""
     linear = layers()
-    assert len(linear) == 3 * 7
-    keys = KEYS | {"llama.block_count": 3, "llama.embedding_length": N_FEATURES}
+    linear += linear[: 4 * 7 - len(linear)]
+    assert len(linear) == 4 * 7
+    keys = KEYS | {"llama.block_count": 4, "llama.embedding_length": N_FEATURES}
     keys |= {"llama.feed_forward_length": N_FEATURES, "llama.attention.head_count": 3}
     keys |= {"llama.attention.head_count_kv": 3, "llama.attention.sliding_window": 4096}
-    keys |= {"llama.attention.sliding_window_pattern": [True, False, True]}
+    keys |= {"llama.attention.sliding_window_pattern": [True, False, True, False]}
     keys |= {
         f"llama.{name}": 32
         for name in ("attention.key_length", "attention.value_length", "rope.dimension_count")
@@ -68,7 +68,7 @@ def all_kinds(tmp_path_factory: pytest.TempPathFactory) -> _native.Model:
     rng = np.random.default_rng(1)
     matrix = rng.normal(size=(keys["llama.vocab_size"], N_FEATURES))
     arrays = {"token_embd.weight": raw(matrix, "q8_0"), "output.weight": raw(matrix, "bf16")}
-    for norm in ("output_norm", *(f"blk.{i}.{n}" for i in range(3) for n in ("attn_norm", "ffn_norm"))):
+    for norm in ("output_norm", *(f"blk.{i}.{n}" for i in range(4) for n in ("attn_norm", "ffn_norm"))):
         arrays[f"{norm}.weight"] = raw(np.ones(N_FEATURES), "f32")
     for i, layer in enumerate(linear):
         arrays |= {f"blk.{i // 7}.{names[i % 7]}.{suffix}": tensor for suffix, tensor in layer.items()}

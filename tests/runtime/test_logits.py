@@ -190,16 +190,17 @@ def test_prompts_longer_than_a_batch(architecture: str, device: str, tmp_path: P
     assert [generation.tokens for generation in batch] == [one.tokens for one in greedy]
 
 
+@pytest.mark.parametrize("type", ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_embedding_and_output_in_8_bits(tied: bool, tmp_path: Path) -> None:
+def test_embedding_and_output_in_fewer_bits(tied: bool, type: str, tmp_path: Path) -> None:
     """The logits are those of the weights that the file then holds; a tied output is the embedding's."""
     architecture = replace(ARCHITECTURES["mistral"], tied=tied)
     source = write_checkpoint(tmp_path / "source", architecture, CONFIGURATIONS["v8-k512-512"])
     path = tmp_path / "model.gguf"
-    convert(source, path, embedding_type="q8_0", output_type="q8_0")
-    types = {name: type for name, (type, _, _) in raw_tensors(path).items()}
-    assert types["token_embd.weight"] == "Q8_0"
-    assert types.get("output.weight") == (None if tied else "Q8_0")
+    convert(source, path, embedding_type=type, output_type=type)
+    types = {name: found for name, (found, _, _) in raw_tensors(path).items()}
+    assert types["token_embd.weight"] == type.upper()
+    assert types.get("output.weight") == (None if tied else type.upper())
     reference = Reference(source)
     tokens = np.random.default_rng(0).integers(VOCAB_SIZE, size=100).tolist()
     unrounded = reference.logits(tokens)

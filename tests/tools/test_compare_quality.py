@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from dense_models import SEQ_LEN, write_dense, write_text
+from vptq_converter.facts import read_facts
 
 from vptq_runtime.errors import OptionError
 
@@ -165,6 +166,57 @@ def test_refused(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (tmp_path / "report.json").write_text(report, encoding="utf-8")
         found = "found another program's report, expected none"
         assert said(tmp_path) == f"{tmp_path / 'report.json'}: {found}\n"
+
+
+def test_models_by_their_options(
+    files: Path, compared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Quantised and converted by the commands, kept, refused under the same name with other options; and
+    another directory measures the same models on another text."""
+    lines, models = tmp_path / "lines.txt", tmp_path / "models"
+    lines.write_text(
+        "# what is tried\n\nsmall: --vector-len 4 --centroids 16 --no-normalize | --embedding-type f16\n"
+    )
+    options = ["--quants", "--options", str(lines), "--models", str(models), "--md"]
+    assert run(files, tmp_path / "one", *options) == 0
+    rows = [row for row in capfd.readouterr().out.splitlines() if row.startswith("| small | options | ")]
+    small = json.loads((tmp_path / "one" / "report.json").read_text())["measured"][-1]
+    file = models / "small.gguf"
+    assert small["options"] == "--vector-len 4 --centroids 16 --no-normalize | --embedding-type f16"
+    assert small["file_bytes"] == file.stat().st_size and f"| {file.stat().st_size / 1e6:.1f} |" in rows[0]
+    assert small["bits"] == bits_of_blocks(file) and read_facts(file).embedding_type == "F16"
+    assert small["kl_divergence"] > 0
+    made = (models / "small" / "report.json").stat()
+    text = files / "other.txt"
+    text.write_text((files / "text.txt").read_text(encoding="utf-8")[1000:], encoding="utf-8")
+    assert run(files, tmp_path / "two", *options, "--held-out", str(text)) == 0
+    other = json.loads((tmp_path / "two" / "report.json").read_text())["measured"][-1]
+    assert other["perplexity"] != small["perplexity"] and other["bits"] == small["bits"]
+    assert (models / "small" / "report.json").stat() == made
+    capfd.readouterr()
+    lines.write_text("small: --vector-len 4 --centroids 32\n")
+    assert run(files, tmp_path / "one", *options) == 1
+    assert "--options: small: found it made with" in capfd.readouterr().err
+    for wrong in ("small", "small: a | b | c", "sm/all: -v 4", "dense: -v 4", "a: x\na: y"):
+        lines.write_text(f"{wrong}\n")
+        assert run(files, tmp_path / "one", *options) == 1
+        assert "--options: found " in capfd.readouterr().err
+    lines.write_text("bad: --vector-len 0\n")
+    assert run(files, tmp_path / "one", *options) == 1
+    assert "vptq_quantizer.cli" in capfd.readouterr().err
+
+
+def test_llamacpp_s_own_embedding(
+    files: Path, compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs = Path(shutil.copytree(files / "llamacpp", tmp_path / "llamacpp"))
+    (programs / "calls.txt").unlink(missing_ok=True)
+    theirs = ["--llamacpp", str(programs), "--llamacpp-types", "Q2_K", "--imatrix-windows", "3"]
+    assert run(files, tmp_path / "out", "--quants", "--own-embedding", *theirs) == 0
+    calls = (programs / "calls.txt").read_text(encoding="utf-8")
+    assert "--token-embedding-type" not in calls and "--chunks 3" in calls
+    assert (tmp_path / "out" / "Q2_K-own-embedding.gguf").exists()
+    capsys.readouterr()
 
 
 def test_configurations() -> None:

@@ -20,8 +20,16 @@ if TYPE_CHECKING:
     from vptq_runtime.bench.machine import Cpu, Gpu
     from vptq_runtime.bench.speed import Measured, ModelFacts, SpeedTest
 
-DENSE_TYPES = ("auto", "f16", "q8_0")
 DEFAULT_QUANT = "v8-k65536-256"
+DENSE_TYPES = (
+    "auto",
+    "f16",
+    "q8_0",
+    "q5_1",
+    "q5_0",
+    "q4_1",
+    "q4_0",
+)  # as vptq-convert has them
 MAX_BATCH = 128  # sequences; what a call takes on every device
 MIN_LAYERS = 2  # to extrapolate from: of the last one a prompt runs only a part
 # What is said of a model, what its tests took, and how many layers were measured if not all.
@@ -61,7 +69,12 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     model = p.add_mutually_exclusive_group(required=True)
-    model.add_argument("-m", "--model", metavar="FILE", help="the GGUF file")
+    model.add_argument(
+        "-m",
+        "--model",
+        metavar="MODEL",
+        help="a GGUF file, a checkpoint's directory, or owner/model of the Hugging Face hub",
+    )
     model.add_argument(
         "--synthetic",
         metavar="SHAPE",
@@ -213,9 +226,10 @@ def _measure(arguments: argparse.Namespace) -> None:
 
 def _run_file(arguments: argparse.Namespace, tests: list[SpeedTest], device: Cpu | Gpu) -> Outcome:
     from vptq_runtime.bench.speed import ModelFacts, measure, open_model
+    from vptq_runtime.models.model import model_file
 
-    model, open_s = open_model(arguments.model)
-    facts = ModelFacts.of_model(model, Path(arguments.model).name, arguments.kv_type)
+    model, open_s = open_model(model_file(arguments.model, command.note))
+    facts = ModelFacts.of_model(model, Path(arguments.model).absolute().name, arguments.kv_type)
     _check_memory(arguments, facts, tests, device)
     return facts, measure(model, open_s, tests, **_options(arguments, device)), None
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 from vptq_converter.architectures import Hyperparameters, Key
 from vptq_converter.convert import vptq_keys
-from vptq_converter.dense import OPTION_TYPES, Q8_0_BLOCK
+from vptq_converter.dense import OPTION_TYPES
 from vptq_converter.gguf_writer import OutputTensor, write_in_place
 from vptq_converter.layer import index_bits, packed_words
 
@@ -103,20 +103,31 @@ class Random:
 
         return OutputTensor(name, F16, shape, chunks)
 
-    def q8_0(self, name: str, shape: tuple[int, ...], exponent: int) -> OutputTensor:
-        """Numbers of size up to 2**(exponent + 1), of either sign."""
-        scale = np.frombuffer(np.float16(2.0 ** (exponent + 1 - 7)).tobytes(), np.uint8)
+    def blocks(self, type_name: str, name: str, shape: tuple[int, ...], exponent: int) -> OutputTensor:
+        """Numbers of a quantised type, of size up to 2**(exponent + 1), of either sign."""
+        type, size = OPTION_TYPES[type_name], 2.0 ** (exponent + 1)
+        block, n_bytes = GGML_QUANT_SIZES[type]
+        halves = [size / 2 ** (int(type_name[1]) - 1)]  # what the whole numbers of a block are multiplied by
+        if type_name.endswith("_1"):
+            halves.append(-size)  # the smallest weight, which is added
+        start = np.array(halves, np.float16).view(np.uint8)
 
         def chunks() -> Iterator[NDArray[Any]]:
-            left = prod(shape) // Q8_0_BLOCK
+            left = prod(shape) // block
             while left:
-                n_blocks = min(left, CHUNK // 34)
-                blocks = self.bits(34 * n_blocks).reshape(n_blocks, 34)
-                blocks[:, :2] = scale
+                n_blocks = min(left, CHUNK // n_bytes)
+                blocks = self.bits(n_bytes * n_blocks).reshape(n_blocks, n_bytes)
+                blocks[:, : len(start)] = start
                 yield blocks
                 left -= n_blocks
 
-        return OutputTensor(name, OPTION_TYPES["q8_0"], shape, chunks)
+        return OutputTensor(name, type, shape, chunks)
+
+    def matrix(self, type_name: str, name: str, shape: tuple[int, ...], exponent: int) -> OutputTensor:
+        """Of f16, or of a quantised type."""
+        if type_name == "f16":
+            return self.f16(name, shape, exponent)
+        return self.blocks(type_name, name, shape, exponent)
 
     def permutation(self, name: str, n: int) -> OutputTensor:
         return OutputTensor(
@@ -131,14 +142,14 @@ class SyntheticModel:
     name: str
     shape: Shape
     quant: Quant
-    embedding_type: str  # f16 or q8_0
+    embedding_type: str  # f16, q8_0 ... q4_0
     output_type: str
 
     def tensors(self, n_layer: int) -> list[OutputTensor]:
         """The tensors of a model of n_layer layers; nothing is made before it is written."""
         s, random = self.shape, Random()
-        matrices = {"f16": random.f16, "q8_0": random.q8_0}
-        tensors = [matrices[self.embedding_type]("token_embd.weight", (s.n_vocab, s.n_embd), -6)]
+        size = (s.n_vocab, s.n_embd)
+        tensors = [random.matrix(self.embedding_type, "token_embd.weight", size, -6)]
         for layer in range(n_layer):
             name = f"blk.{layer}"
             tensors += [
@@ -150,7 +161,7 @@ class SyntheticModel:
                     tensors.append(_constant(f"{name}.{linear}.bias", F32, out_features, 0))
         tensors.append(_constant("output_norm.weight", F32, s.n_embd, 1))
         if not s.tied or self.output_type != self.embedding_type:  # as vptq-convert has it
-            tensors.append(matrices[self.output_type]("output.weight", (s.n_vocab, s.n_embd), -6))
+            tensors.append(random.matrix(self.output_type, "output.weight", size, -6))
         return tensors
 
     def facts(self, n_layer: int, kv_type: str) -> ModelFacts:

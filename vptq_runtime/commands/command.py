@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -127,12 +128,12 @@ def options_as_typed(options: Mapping[str, str], given: Mapping[str, str]) -> It
 
 @contextlib.contextmanager
 def open_runtime(path: str | os.PathLike[str], arguments: Namespace, **others: Any) -> Iterator[Runtime]:
-    """The model of a file, by the options of add_context_options and add_backend_options; others: of Runtime,
-    these or more."""
+    """The model of a file, a directory or a repository, by the options of add_context_options and
+    add_backend_options; others: of Runtime, these or more."""
     from vptq_runtime.runtime import Runtime  # only now: --help and wrong usage should not wait for it
 
     given = {name: getattr(arguments, name) for name in RUNTIME_OPTIONS if name in arguments}
-    with _loading_bar() as progress:
+    with log_as_notes(), _loading_bar() as progress:
         runtime = Runtime(path, **given | others, progress=progress)
     with runtime:
         if runtime.n_ctx > runtime.n_ctx_train:
@@ -147,12 +148,13 @@ def _loading_bar() -> Iterator[Callable[[int, int], None] | None]:
     if not sys.stderr.isatty():
         yield None
         return
-    begin = time.monotonic()
+    begin: float | None = None  # when the first layers were: a download may come before them
     with contextlib.ExitStack() as shown:
         show: Callable[[int, int], None] | None = None
 
         def progress(done: int, total: int) -> None:
-            nonlocal show
+            nonlocal begin, show
+            begin = time.monotonic() if begin is None else begin
             if show is None and time.monotonic() - begin > SILENT_LOAD_S:
                 from rich.console import Console
                 from rich.progress import Progress
@@ -199,6 +201,22 @@ def decoded(text: bytes, source: str) -> str:
     except UnicodeDecodeError as error:
         found = f"byte 0x{text[error.start]:02x} at offset {error.start}"
         raise FileError(f"{source}: found {found}, expected valid UTF-8") from None
+
+
+@contextlib.contextmanager
+def log_as_notes() -> Iterator[None]:
+    """What is logged in between, about downloads and conversions, is said as notes."""
+    log, handler = logging.getLogger("vptq_runtime"), _Notes()
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
 
 
 def note(text: str) -> None:

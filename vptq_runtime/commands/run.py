@@ -45,11 +45,15 @@ shown before its continuation; into a pipe or a file goes the continuation alone
 Prompts are taken as they are: \\n in one is a backslash and an n (bash has $'\\n' for a line break).
 
   vptq-run -p "def "                                 the demo model
+  vptq-run -m VPTQ-community/Meta-Llama-3.1-8B-Instruct-v8-k65536-256-woft --chat
   vptq-run -m model.gguf -p "Once upon a time" -n 200 --temp 0
   echo "Once upon a time" | vptq-run -m model.gguf -p -
   vptq-run -m model.gguf --chat --system "Be brief."
   vptq-run -m model.gguf -p "A user as JSON:" --json-schema user.json
   vptq-run -m model.gguf --prompts prompts.jsonl --parallel 16 > results.jsonl
+
+A model that -m names by its repository or directory is downloaded and converted once, into a cache:
+vptq-models lists what is there, removes it, and says which models fit this machine.
 
 --prompts takes a text file with a prompt in each line, or, where its name ends with .jsonl, an object in
 each: "prompt" (a text, or token ids) or "messages" (for a chat), if need be an "id", which its result
@@ -69,7 +73,11 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument(
-        "-m", "--model", metavar="FILE", help="the GGUF file (default: the demo model of the package)"
+        "-m",
+        "--model",
+        metavar="MODEL",
+        help="a GGUF file; owner/model or owner/model@revision of the Hugging Face hub, or a checkpoint's "
+        "directory: converted into a cache first (default: the demo model of the package)",
     )
     prompt = p.add_mutually_exclusive_group()
     prompt.add_argument(
@@ -157,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto, ngram (what followed in the text before) or off (default: %(default)s, which is ngram)",
     )
-    speed.add_argument("--draft", metavar="FILE", help="guesses by a small model with the same tokens")
+    speed.add_argument("--draft", metavar="MODEL", help="guesses by a small model with the same tokens")
     chat = p.add_argument_group("chat")
     chat.add_argument(
         "--chat",

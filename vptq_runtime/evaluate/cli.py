@@ -18,6 +18,7 @@ from vptq_runtime.evaluate.scored_windows import METHODS, check_options
 
 if TYPE_CHECKING:
     from vptq_runtime.evaluate.dense_model import DenseModel
+    from vptq_runtime.evaluate.multiple_choice import Choices, Item
     from vptq_runtime.evaluate.scoring import Result
     from vptq_runtime.runtime import Runtime
 
@@ -36,14 +37,20 @@ of a window but its first, as papers on quantisation do; llama.cpp only the seco
 llama-perplexity does. Figures of the two do not compare, nor do those of other windows. The standard error is
 over windows; with llama.cpp it takes the tokens as independent, as there, and is smaller than the truth.
 
---compare takes a GGUF file as -m does, and runs it with the same options; or the directory of a dense
-checkpoint, which transformers runs (pip install "vptq-runtime[quantize]") with all weights in memory: the
-file that vptq-convert makes of one is mapped, and needs no PyTorch. The KL divergence is KL(OTHER || model),
-the ratio the model's perplexity over OTHER's.
+--compare takes a GGUF file or owner/model as -m does, and runs it with the same options; or the directory
+of a dense checkpoint or a dense GGUF file of llama.cpp, which transformers runs
+(pip install "vptq-runtime[quantize]") with all weights in memory: the file that vptq-convert makes of a
+directory is mapped, and needs no PyTorch. The KL divergence is KL(OTHER || model), the ratio the model's
+perplexity over OTHER's.
+
+--multiple-choice takes a file of items in place of texts, a JSON object in each line: context, choices
+(texts, with the space that they begin with), answer (the index of the right one). acc is how often the right
+choice is the likeliest, acc_norm how often by log-likelihood a character, both as lm-eval counts.
 
   vptq-perplexity -m model.gguf wiki.test.raw -c 2048
   vptq-perplexity -m model.gguf wiki.test.raw -c 2048 --compare ./Llama-3.1-8B --windows 20
   vptq-perplexity -m model.gguf wiki.test.raw -c 512 --method llama.cpp --json
+  vptq-perplexity -m model.gguf --multiple-choice items.jsonl --compare dense.gguf
 
 Ctrl-C prints what the windows so far gave.
 Exit status: 0 done, 1 an error, 2 wrong usage, 130 stopped by Ctrl-C.
@@ -57,9 +64,16 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("texts", metavar="TEXT", nargs="+", help="text files; -: standard input")
+    p.add_argument("texts", metavar="TEXT", nargs="*", help="text files; -: standard input")
     p.add_argument(
-        "-m", "--model", metavar="FILE", help="the GGUF file (default: the demo model of the package)"
+        "-m",
+        "--model",
+        metavar="MODEL",
+        help="a GGUF file, a VPTQ checkpoint's directory, or owner/model of the Hugging Face hub (default: "
+        "the demo model of the package)",
+    )
+    p.add_argument(
+        "--multiple-choice", metavar="FILE", help="in place of texts: items, as JSON lines (below)"
     )
     p.add_argument(
         "--method",
@@ -95,6 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = p.parse_args(argv)
     if arguments.compare_dtype is not None and arguments.compare is None:
         p.error("--compare-dtype: expected --compare beside it")
+    if arguments.multiple_choice is None and not arguments.texts:
+        p.error("expected a TEXT, or --multiple-choice")
+    if arguments.multiple_choice is not None and (
+        arguments.texts or arguments.windows is not None or arguments.stride is not None
+    ):
+        p.error("--multiple-choice: expected no TEXT, --windows or --stride beside it")
     return command.run("vptq-perplexity", lambda: _run(arguments))
 
 
@@ -102,9 +122,16 @@ def _run(arguments: argparse.Namespace) -> None:
     with command.options_as_typed(OPTION_NAMES, {"text": "TEXT", "reference": "--compare"}):
         # A large model takes its time to load. The context of 0 is the model's own.
         check_options(n_ctx=arguments.n_ctx or None, **_window_options(arguments))
-        text = "".join(map(_text, arguments.texts))
         if arguments.model is None:
             arguments.model = demo_path()
+        if arguments.multiple_choice is not None:
+            from vptq_runtime.evaluate.multiple_choice import read_items
+
+            items = read_items(Path(arguments.multiple_choice))
+            with command.open_runtime(arguments.model, arguments) as runtime:
+                _choose(runtime, items, arguments)
+            return
+        text = "".join(map(_text, arguments.texts))
         with command.open_runtime(arguments.model, arguments) as runtime:
             _measure(runtime, text, arguments)
 
@@ -151,6 +178,33 @@ def _measure(runtime: Runtime, text: str, arguments: argparse.Namespace) -> None
     report()
 
 
+def _choose(runtime: Runtime, items: Sequence[Item], arguments: argparse.Namespace) -> None:
+    """Loads the reference, scores the items, and prints what came of it, also where Ctrl-C ends it."""
+    from vptq_runtime.commands.progress import RunProgress, print_line
+    from vptq_runtime.evaluate.choice_report import print_choices, running
+    from vptq_runtime.evaluate.multiple_choice import running_choices
+
+    with _reference(runtime, arguments) as reference:
+        theirs: Iterator[Choices | None] = itertools.repeat(None, len(items))
+        if reference is not None:
+            theirs = running_choices(reference, items)
+        last: tuple[Choices, Choices | None] | None = None
+        start = time.monotonic()
+
+        def report() -> None:
+            if last is not None:
+                print_choices(runtime, *last, arguments, time.monotonic() - start)
+
+        try:
+            with RunProgress(len(items), 0, print_line) as progress:
+                for last in zip(running_choices(runtime, items), theirs, strict=True):
+                    progress.advance(running(last[0]), 1)
+        except KeyboardInterrupt:
+            report()
+            raise
+    report()
+
+
 def _check_memory(text: str) -> None:
     """A tokenizer needs the whole text, as merges may reach over any cut; where its memory ends, so does the
     process."""
@@ -171,9 +225,9 @@ def _reference(runtime: Runtime, arguments: argparse.Namespace) -> Iterator[Runt
         yield None
         return
     with command.options_as_typed({"path": "--compare"}, {}):
-        if not arguments.compare or not Path(arguments.compare).is_dir():
+        if not _is_dense(arguments.compare):
             if arguments.compare_dtype is not None:
-                raise OptionError("dtype: found no directory to compare with, expected a dense checkpoint's")
+                raise OptionError("dtype: found no dense model to compare with, expected one")
             with command.open_runtime(arguments.compare, arguments, n_ctx=runtime.n_ctx) as reference:
                 yield reference
             return
@@ -185,6 +239,15 @@ def _reference(runtime: Runtime, arguments: argparse.Namespace) -> Iterator[Runt
             dtype=arguments.compare_dtype or "float32",
             n_threads=arguments.n_threads,
         )
+
+
+def _is_dense(reference: str) -> bool:
+    """Whether transformers is to run it: a directory, or a file that vptq-convert has not made."""
+    if not reference or not Path(reference).is_file():
+        return bool(reference) and Path(reference).is_dir()
+    from vptq_runtime.evaluate.dense_gguf import is_dense_gguf
+
+    return is_dense_gguf(Path(reference))
 
 
 def _check_same_tokens(reference: Runtime | DenseModel, text: str, tokens: list[int]) -> None:

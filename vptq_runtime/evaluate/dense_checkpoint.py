@@ -1,4 +1,4 @@
-"""The files of a dense checkpoint, checked before anything is made of them."""
+"""The files of a dense model, checked before anything is made of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from vptq_runtime.checks import shown
 from vptq_runtime.errors import FileError, UnsupportedError, printable
-from vptq_runtime.text_file import read_json
+from vptq_runtime.text_file import read_json, read_text
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")  # vptq-convert's
 DTYPES = ("F16", "BF16", "F32")
@@ -71,6 +71,15 @@ class DenseCheckpoint:
     @property
     def n_weights(self) -> int:
         return sum(map(prod, self.shapes.values()))
+
+    @property
+    def tokenizer(self) -> Path:
+        """What holds the tokenizer, for messages."""
+        return self.directory / "tokenizer.json"
+
+    def tokenizer_json(self) -> str:
+        """The text of tokenizer.json; raises FileError."""
+        return read_text(self.tokenizer)
 
     def check_shapes(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Raises FileError unless it has these tensors, and no others."""

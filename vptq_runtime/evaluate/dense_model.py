@@ -18,7 +18,6 @@ from vptq_runtime.checks import check_choice, check_int
 from vptq_runtime.errors import FileError, OptionError, OutOfMemoryError, UnsupportedError, VPTQError
 from vptq_runtime.evaluate.dense_checkpoint import EMBEDDING, OUTPUT, DenseCheckpoint
 from vptq_runtime.text.tokenizer import Tokenizer
-from vptq_runtime.text_file import read_text
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a weight
 PIECE = 128  # tokens fed at once
@@ -34,7 +33,8 @@ CONFIG_KEYS = (
 
 
 class DenseModel:
-    """A dense checkpoint directory in the Hugging Face layout, of an architecture that vptq-convert knows.
+    """A dense model of an architecture that vptq-convert knows: a directory in the Hugging Face layout, or a
+    GGUF file of llama.cpp.
 
     device: "cpu" or "cuda".
     dtype: what its weights become, and what PyTorch computes in: "float32", "bfloat16" or "float16".
@@ -46,7 +46,7 @@ class DenseModel:
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        path: str | os.PathLike[str],
         *,
         device: str = "cpu",
         dtype: str = "float32",
@@ -56,13 +56,10 @@ class DenseModel:
         check_choice("dtype", dtype, list(DTYPES))
         if n_threads is not None:
             check_int("n_threads", n_threads, 1, 1024)
-        self._directory = Path(directory)
-        if not self._directory.is_dir():
-            raise FileError(f"{directory}: found no directory, expected that of a dense checkpoint")
-        checkpoint = DenseCheckpoint.open(self._directory)
+        self._path = Path(path)
+        checkpoint = _open(self._path)
         self.n_vocab = checkpoint.n_vocab
-        tokenizer = self._directory / "tokenizer.json"
-        self._tokenizer = Tokenizer(read_text(tokenizer), self.n_vocab, str(tokenizer))
+        self._tokenizer = Tokenizer(checkpoint.tokenizer_json(), self.n_vocab, str(checkpoint.tokenizer))
         self._torch, self._transformers = _library("torch"), _library("transformers")
         self._device = device
         self._check_memory(checkpoint.n_weights * DTYPES[dtype])
@@ -100,7 +97,7 @@ class DenseModel:
                 values: NDArray[np.float32] = logits.float().cpu().numpy()
                 if not np.isfinite(values).all():
                     found = "the logits are not finite: some weights are NaN, infinite or too large"
-                    raise FileError(f"{self._directory}: {found}")
+                    raise FileError(f"{self._path}: {found}")
                 yield values
 
     def _check_memory(self, needed: int) -> None:
@@ -113,7 +110,7 @@ class DenseModel:
         if needed > available:
             gib = f"its weights take {needed / 2**30:.2f} GiB, {available / 2**30:.2f} GiB are available"
             less = "in bfloat16 they take 2 bytes each; vptq-convert makes a file of them, which is mapped"
-            raise OutOfMemoryError(f"{self._directory}: {gib}; {less}")
+            raise OutOfMemoryError(f"{self._path}: {gib}; {less}")
 
     def _load(self, dtype: str, checkpoint: DenseCheckpoint) -> Any:
         torch = self._torch
@@ -131,7 +128,7 @@ class DenseModel:
             }
             if tied and not torch.equal(weights.setdefault(OUTPUT, weights[EMBEDDING]), weights[EMBEDDING]):
                 found = f"found other values than those of {EMBEDDING}"
-                raise FileError(f"{self._directory}: {OUTPUT}: {found}, expected the same: they are tied")
+                raise FileError(f"{self._path}: {OUTPUT}: {found}, expected the same: they are tied")
             model.load_state_dict(weights, strict=True, assign=True)
             model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are in no file
             return model.eval().to(self._device)
@@ -144,9 +141,21 @@ class DenseModel:
             raise
         except Exception as error:  # the library's, PyTorch's, the system's: no common base
             if is_out_of_memory(error):
-                raise OutOfMemoryError(f"{self._directory}: no memory to {what} it: {error}") from None
+                raise OutOfMemoryError(f"{self._path}: no memory to {what} it: {error}") from None
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise FileError(f"{self._directory}: transformers cannot {what} it: {reason}") from None
+            raise FileError(f"{self._path}: transformers cannot {what} it: {reason}") from None
+
+
+def _open(path: Path) -> DenseCheckpoint:
+    if path.is_dir():
+        return DenseCheckpoint.open(path)
+    if not path.is_file() or path.suffix != ".gguf":
+        raise FileError(
+            f"{path}: found no directory, expected that of a dense checkpoint, or a dense GGUF file"
+        )
+    from vptq_runtime.evaluate.dense_gguf import DenseGguf  # the converter is slow to import
+
+    return DenseGguf.open(path)
 
 
 def is_out_of_memory(error: Exception) -> bool:

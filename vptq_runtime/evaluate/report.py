@@ -34,7 +34,7 @@ def print_report(runtime: Runtime, result: Result, arguments: argparse.Namespace
 
 def running(result: Result) -> str:
     """In a few words."""
-    words = f"perplexity {_plus_minus(_of_model(result).perplexity, '.3f')}"
+    words = f"perplexity {plus_minus(_of_model(result).perplexity, '.3f')}"
     if isinstance(result, Comparison):
         words += f", KL {result.mean_kl_divergence.value:.3g}"
     return words
@@ -42,19 +42,19 @@ def running(result: Result) -> str:
 
 def _lines(result: Result, arguments: argparse.Namespace) -> Iterator[str]:
     model, perplexity = printable(str(arguments.model)), _of_model(result)
-    yield f"{model}: perplexity {_plus_minus(perplexity.perplexity, '.4f')}"
+    yield f"{model}: perplexity {plus_minus(perplexity.perplexity, '.4f')}"
     yield _definition(perplexity)
     if isinstance(result, Comparison):
         yield ""
-        theirs = _plus_minus(result.reference.perplexity, ".4f")
+        theirs = plus_minus(result.reference.perplexity, ".4f")
         yield f"{printable(arguments.compare)}: perplexity {theirs}"
         yield f"{model} beside it, on the same tokens:"
         quantiles = {name: result.kl_quantile(fraction) for name, fraction in QUANTILES.items()}
         for name, value in (
-            ("perplexity ratio", _plus_minus(result.perplexity_ratio, ".5f")),
-            ("KL divergence", f"{_plus_minus(result.mean_kl_divergence, '#.4g')} nats a token"),
+            ("perplexity ratio", plus_minus(result.perplexity_ratio, ".5f")),
+            ("KL divergence", f"{plus_minus(result.mean_kl_divergence, '#.4g')} nats a token"),
             *((f"  {name}", f"{value:#.4g}") for name, value in quantiles.items()),
-            ("top-token agreement", _plus_minus(result.top_token_agreement, ".3%")),
+            ("top-token agreement", plus_minus(result.top_token_agreement, ".3%")),
         ):
             yield f"  {name:21}{value}"
 
@@ -98,28 +98,29 @@ def _report(runtime: Runtime, result: Result, arguments: argparse.Namespace) -> 
 
 
 def _perplexity(perplexity: Perplexity) -> dict[str, Any]:
-    return {"perplexity": _estimate(perplexity.perplexity), "mean_nll": _estimate(perplexity.mean_nll)}
+    return {"perplexity": estimate(perplexity.perplexity), "mean_nll": estimate(perplexity.mean_nll)}
 
 
 def _comparison(comparison: Comparison) -> dict[str, Any]:
     return {
         "reference": _perplexity(comparison.reference),
-        "perplexity_ratio": _estimate(comparison.perplexity_ratio),
-        "kl_divergence": _estimate(comparison.mean_kl_divergence)
+        "perplexity_ratio": estimate(comparison.perplexity_ratio),
+        "kl_divergence": estimate(comparison.mean_kl_divergence)
         | {name: comparison.kl_quantile(fraction) for name, fraction in QUANTILES.items()},
-        "top_token_agreement": _estimate(comparison.top_token_agreement),
+        "top_token_agreement": estimate(comparison.top_token_agreement),
     }
 
 
-def _estimate(estimate: Estimate) -> dict[str, float | None]:
-    """null: a standard error of one token, and what passes a float, which JSON has not."""
-    values = {"value": estimate.value, "standard_error": estimate.standard_error}
+def estimate(found: Estimate) -> dict[str, float | None]:
+    """For JSON. null: a standard error of one part, and what passes a float, which JSON has not."""
+    values = {"value": found.value, "standard_error": found.standard_error}
     return {name: x if x is not None and math.isfinite(x) else None for name, x in values.items()}
 
 
-def _plus_minus(estimate: Estimate, form: str) -> str:
-    error = estimate.standard_error
-    return f"{estimate.value:{form}}" + ("" if error is None else f" ± {error:{form}}")
+def plus_minus(found: Estimate, form: str) -> str:
+    """A value and its standard error, if there is one."""
+    error = found.standard_error
+    return f"{found.value:{form}}" + ("" if error is None else f" ± {error:{form}}")
 
 
 def _of_model(result: Result) -> Perplexity:

@@ -187,7 +187,7 @@ def running_perplexity(model: LanguageModel, windows: ScoredWindows) -> Iterator
     nll = np.empty(windows.n_scored)
     n = 0
     for n_windows, (tokens, first) in enumerate(windows, 1):
-        for targets, (log_q,) in _log_probabilities([model], tokens, first):
+        for targets, (log_q,) in log_probabilities([model], tokens, first):
             nll[n : n + len(targets)] = -log_q[np.arange(len(targets)), targets]
             n += len(targets)
         yield Perplexity(windows, n_windows, nll[:n])
@@ -204,7 +204,7 @@ def running_comparison(
     same_top = np.empty(windows.n_scored, np.bool_)
     n = 0
     for n_windows, (tokens, first) in enumerate(windows, 1):
-        for targets, (log_p, log_q) in _log_probabilities([reference, model], tokens, first):
+        for targets, (log_p, log_q) in log_probabilities([reference, model], tokens, first):
             at, rows = slice(n, n + len(targets)), np.arange(len(targets))
             reference_nll[at], nll[at] = -log_p[rows, targets], -log_q[rows, targets]
             same_top[at] = log_p.argmax(axis=-1) == log_q.argmax(axis=-1)
@@ -220,7 +220,7 @@ def running_comparison(
         )
 
 
-def _log_probabilities(
+def log_probabilities(
     models: Sequence[LanguageModel], tokens: list[int], first: int
 ) -> Iterator[tuple[list[int], list[NDArray[np.float64]]]]:
     """Of tokens[first:], some n at a time: themselves, and each model's log-probabilities (n, n_vocab)."""

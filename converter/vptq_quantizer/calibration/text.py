@@ -64,7 +64,7 @@ def read_calibration(
     FileError for a file that cannot be read, OptionError for text without tokens.
     """
     json = read_tokenizer(checkpoint, n_vocab).json
-    tokenizer = Tokenizer(json, n_vocab, str(checkpoint.directory / "tokenizer.json"))
+    tokenizer = Tokenizer(json, n_vocab, str(checkpoint.path("tokenizer.json")))
     stream = np.concatenate(
         [np.array(tokenizer.encode(read_text(Path(file)), add_special=True), np.int64) for file in files]
     )

@@ -12,7 +12,9 @@ from torch import Tensor
 from vptq_quantizer.layers.kmeans import k_means, sample, weighted_means
 from vptq_quantizer.layers.nearest import CentroidIndex, nearest
 
-# With a residual, so many of a vector's nearest centroids are tried, each with its best residual centroid.
+# With a residual, all sums of two centroids are tried where there are at most MOST_SUMS; else so many of a
+# vector's nearest centroids, each with its best residual centroid.
+MOST_SUMS = 4096
 CANDIDATES = 8
 CHUNK = 1 << 16  # vectors encoded at a time: bounds the memory of what is left of them, some 100 MB
 JOINT_ROUNDS = 3  # in which centroids and residual centroids are fitted to each other in turn
@@ -40,12 +42,21 @@ class Codebook:
             return nearest(vectors, self.centroids[:, :length], n)
         return self._index.nearest(vectors, n)
 
+    @cached_property
+    def _sums(self) -> CentroidIndex | None:
+        """Of all pairs, (k * r, v), the residual centroids the inner; None where there are too many."""
+        if self.res_centroids is None or len(self.centroids) * len(self.res_centroids) > MOST_SUMS:
+            return None
+        return CentroidIndex((self.centroids[:, None] + self.res_centroids).flatten(0, 1))
+
     def encode(self, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
         """The pair of indices (m,), (m,) whose sum is nearest to each of vectors (m, length): of CANDIDATES.
 
         length may be less than v: the last vectors of a matrix may reach past its last row, and what they
         have there carries no weight.
         """
+        if len(vectors) <= CHUNK:
+            return self._encode(vectors)
         chunks = [self._encode(chunk) for chunk in torch.split(vectors, CHUNK)]
         residuals = [res_index for _, res_index in chunks if res_index is not None]
         return torch.cat([index for index, _ in chunks]), torch.cat(residuals) if residuals else None
@@ -54,6 +65,9 @@ class Codebook:
         length = vectors.shape[1]
         if self.res_centroids is None:
             return self._nearest(vectors, 1)[:, 0], None
+        if self._sums is not None and length == self.v:
+            pair = self._sums.nearest(vectors, 1)[:, 0]
+            return pair // len(self.res_centroids), pair % len(self.res_centroids)
         centroids, res_centroids = self.centroids[:, :length], self.res_centroids[:, :length]
         candidates = self._nearest(vectors, min(CANDIDATES, len(centroids)))  # (m, CANDIDATES)
         left = vectors[:, None] - centroids[candidates]

@@ -1,6 +1,6 @@
 """Layer-wise fine-tuning: what stands for a weight is fitted to it again, as the Hessian sees the error.
 
-In turn, with the indices fixed, tr(D H D^T) is made small over centroids, residual centroids, scale and shift
+In turn, with the indices fixed, tr(D H D^T) is made small over scale, centroids, residual centroids and shift
 (in each of them it is quadratic), and with those fixed, indices are chosen again column by column
 (second_order.py).
 """
@@ -8,17 +8,22 @@ In turn, with the indices fixed, tr(D H D^T) is made small over centroids, resid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from vptq_quantizer.layers.kmeans import sums
 from vptq_quantizer.layers.layer_quantizer import LEAST_SCALE, Problem
 from vptq_quantizer.layers.quantized_linear import QuantizedLinear
 from vptq_quantizer.layers.second_order import column_pass, coordinate_feedback
 
 ROUNDS = 3
-FIT_STEPS = 40  # of L-BFGS, each about one product of a weight and the Hessian
+FIT_STEPS = 8  # of conjugate gradients, each a product of a weight and the Hessian
+LEAST_GAIN = 1e-4  # of what the first step promised: less ends the fit
+LEAST_CURVATURE = 1e-6  # along a number, in units of the largest or the mean
 
 
 def finetune_linear(
@@ -43,68 +48,124 @@ def finetune_linear(
     return layer
 
 
-def _fit(problem: Problem, layer: QuantizedLinear, dtype: torch.dtype) -> QuantizedLinear:
-    """The layer with the same indices and better centroids, scale and shift, in numbers that dtype holds."""
-    start = layer.parameters_by_name()
-    # L-BFGS ends by absolute tolerances: what it sees is 1 at first, whatever size weight and Hessian have.
-    whole = float(problem.objective(layer.weight()))
-    if not 0 < whole < math.inf:
-        return layer
-    # Each parameter is measured in units in which that is equally curved along it (Jacobi).
-    units = {
-        name: (curvature / whole).clamp_min(1e-20).rsqrt()
-        for name, curvature in _curvatures(problem, layer).items()
-    }
-    changes = {name: torch.zeros_like(value, requires_grad=True) for name, value in start.items()}
-    optimizer = torch.optim.LBFGS(
-        list(changes.values()), max_iter=FIT_STEPS, history_size=10, line_search_fn="strong_wolfe"
-    )
-
-    def changed() -> QuantizedLinear:
-        return layer.with_parameters({name: start[name] + units[name] * changes[name] for name in start})
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        weight = changed().weight()
-        difference = problem.weight - weight.detach()
-        product = difference @ problem.damped / whole
-        weight.backward(-2 * product)  # type: ignore[no-untyped-call]
-        return (product * difference).sum()
-
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        fitted = changed().parameters_by_name()
-        if "scale" in fitted:  # best 0 where the weights are all alike, but columns are divided by it
-            small = fitted["scale"].abs() < LEAST_SCALE
-            fitted["scale"] = torch.where(small, start["scale"], fitted["scale"])
-    return layer.with_parameters({name: value.to(dtype).float() for name, value in fitted.items()})
-
-
 @torch.no_grad()
-def _curvatures(problem: Problem, layer: QuantizedLinear) -> dict[str, Tensor]:
-    """Half the objective's second derivative by each parameter, in its shape, as if H were diagonal.
+def _fit(problem: Problem, layer: QuantizedLinear, dtype: torch.dtype) -> QuantizedLinear:
+    """The layer with the same indices and better scale, centroids and shift, in numbers that dtype holds.
 
-    For scale and shift that is exact. For a centroid's numbers it is the sum of h_ii s_i^2 over the vectors
-    that use it, without the 2 h_ij s_i s_j of pairs of these vectors in the same rows.
+    One after the other, so that each makes up for the rounding of those before.
+    """
+    if layer.scale is not None:
+        scale = _best_scale(problem, layer).to(dtype).float()
+        usable = scale.abs() >= LEAST_SCALE  # columns are divided by it
+        layer = replace(layer, scale=torch.where(usable, scale, layer.scale))
+        layer = _with_best_shift(problem, layer, dtype)
+    books = {name: book.to(dtype).float() for name, book in _best_codebooks(problem, layer).items()}
+    layer = layer.with_parameters(layer.parameters_by_name() | books)
+    return layer if layer.scale is None else _with_best_shift(problem, layer, dtype)
+
+
+def _with_best_shift(problem: Problem, layer: QuantizedLinear, dtype: torch.dtype) -> QuantizedLinear:
+    """With every column's mean error at 0, which is best whatever the Hessian is."""
+    assert layer.shift is not None
+    mean_error = (problem.weight - layer.weight()).mean(0)
+    return replace(layer, shift=(layer.shift + mean_error).to(dtype).float())
+
+
+def _best_scale(problem: Problem, layer: QuantizedLinear) -> Tensor:
+    """The scale (in_features,) of least error, each column's mean error being 0.
+
+    With the columns C (in_features, out_features) and the weight W less their means over the outputs, that is
+    where ((C C^T) * H) s = diagonal(C W H), * by elements.
+    """
+    assert layer.scale is not None
+    columns = layer.columns()[layer.perm.argsort()]
+    columns -= columns.mean(1, keepdim=True)
+    weight = problem.weight - problem.weight.mean(0)
+    right = ((weight @ problem.damped).T * columns).sum(1)
+    matrix = (columns @ columns.T).mul_(problem.damped)
+    # A column of one centroid alone has any scale: a little pulls each towards what it is.
+    pull = LEAST_CURVATURE * float(matrix.diagonal().mean())
+    matrix.diagonal().add_(pull)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:
+        return layer.scale
+    return torch.cholesky_solve((right + pull * layer.scale)[:, None], factor)[:, 0]
+
+
+def _best_codebooks(problem: Problem, layer: QuantizedLinear) -> dict[str, Tensor]:
+    """Centroids and residual centroids by their names in the layer, after FIT_STEPS of conjugate gradients.
+
+    The weight is linear in them, so the error is quadratic. Each number is measured in units in which that is
+    equally curved along it (Jacobi).
+    """
+    curvatures = _curvatures(problem, layer)
+    least = LEAST_CURVATURE * max(float(value.max()) for value in curvatures.values())
+    if not 0 < least < math.inf:
+        return {}
+    inverses = {name: 1 / value.clamp_min(least) for name, value in curvatures.items()}
+    found = {name: layer.parameters_by_name()[name].clone() for name in curvatures}
+    linear = replace(layer, shift=None if layer.shift is None else torch.zeros_like(layer.shift))
+    # The error's gradient by the numbers, times -1/2, and where to go.
+    left = _gathered(layer, (problem.weight - layer.weight()) @ problem.damped)
+    direction = {name: inverses[name] * left[name] for name in left}
+    size = first = _dot(left, direction)
+    for _ in range(FIT_STEPS):
+        if not size > LEAST_GAIN * first:
+            break
+        moved = linear.with_parameters(linear.parameters_by_name() | direction)
+        product = _gathered(layer, moved.weight() @ problem.damped)
+        length = size / _dot(direction, product)
+        for name in found:
+            found[name].add_(direction[name], alpha=length)
+            left[name].sub_(product[name], alpha=length)
+        scaled = {name: inverses[name] * left[name] for name in left}
+        before, size = size, _dot(left, scaled)
+        direction = {name: scaled[name].add_(direction[name], alpha=size / before) for name in left}
+    return found
+
+
+def _dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return sum(float((a[name] * b[name]).sum(dtype=torch.float64)) for name in a)
+
+
+def _gathered(layer: QuantizedLinear, gradient: Tensor) -> dict[str, Tensor]:
+    """The gradient by the weight (out_features, in_features) as one by the codebooks' numbers, by name."""
+    columns = gradient.T if layer.scale is None else gradient.T * layer.scale[:, None]
+    columns = columns[layer.perm]
+    found = {}
+    for name, start, centroids, index in _books(layer):
+        width, n_blocks = index.shape
+        k, v = centroids.shape
+        vectors = columns[start : start + width]
+        vectors = functional.pad(vectors, (0, n_blocks * v - vectors.shape[1])).view(-1, v)
+        found[name] = sums(vectors, index.flatten(), k)
+    return found
+
+
+def _curvatures(problem: Problem, layer: QuantizedLinear) -> dict[str, Tensor]:
+    """Half the objective's second derivative by the codebooks' numbers, as if H were diagonal: (k, 1).
+
+    It is the sum of h_ii s_i^2 over the vectors that use a centroid, without the 2 h_ij s_i s_j of pairs of
+    these vectors in the same rows.
     """
     importance = problem.damped.diagonal()
-    columns = layer.columns()
-    curvatures = {}
     if layer.scale is not None:
-        squares = columns.square().sum(1)[layer.perm.argsort()]
-        curvatures = {"scale": importance * squares, "shift": importance * problem.weight.shape[0]}
         importance = importance * layer.scale.square()
     importance = importance[layer.perm]
-    for n, segment in enumerate(layer.segments):
-        width, n_blocks = segment.index.shape
-        weights = importance[segment.start : segment.start + width].repeat_interleave(n_blocks)
-        books = {"centroids": (segment.codebook.centroids, segment.index)}
-        if segment.codebook.res_centroids is not None and segment.res_index is not None:
-            books["res_centroids"] = (segment.codebook.res_centroids, segment.res_index)
-        for name, (centroids, index) in books.items():
-            used = torch.bincount(index.flatten(), weights, len(centroids))
-            curvatures[f"{n}.{name}"] = used.float()[:, None].expand_as(centroids)
+    curvatures = {}
+    for name, start, centroids, index in _books(layer):
+        width, n_blocks = index.shape
+        weights = importance[start : start + width].repeat_interleave(n_blocks)
+        curvatures[name] = torch.bincount(index.flatten(), weights, len(centroids))[:, None]
     return curvatures
+
+
+def _books(layer: QuantizedLinear) -> Iterator[tuple[str, int, Tensor, Tensor]]:
+    """Each codebook's name, first column, centroids (k, v) and indices (width, n_blocks)."""
+    for n, segment in enumerate(layer.segments):
+        yield f"{n}.centroids", segment.start, segment.codebook.centroids, segment.index
+        if segment.codebook.res_centroids is not None and segment.res_index is not None:
+            yield f"{n}.res_centroids", segment.start, segment.codebook.res_centroids, segment.res_index
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Weighted k-means: faiss on the CPU, torch on a GPU."""
+"""Weighted k-means: of many centroids on a CPU by faiss and an inverted file, else by torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def k_means(
     weights = weights / weights.mean().clamp_min(torch.finfo(torch.float32).tiny)
     # A vector of no weight is drawn when the others are used up: with few vectors, or dead inputs.
     first = _draw(weights.double().cpu() + 1e-12, k, generator).to(vectors.device)
-    if vectors.is_cuda:
+    if vectors.is_cuda or k < MANY_CENTROIDS:
         return lloyd(vectors, weights, vectors[first].clone(), show)
     seed = int(torch.randint(2**31 - 1, (1,), generator=generator))
     clustering = faiss.Clustering(vectors.shape[1], k)
@@ -49,12 +49,11 @@ def k_means(
     clustering.max_points_per_centroid = len(vectors)  # no further sampling
     clustering.update_index = True  # an inverted file is made anew with the centroids
     faiss.copy_array_to_vector(vectors[first].numpy().ravel(), clustering.centroids)
-    v = vectors.shape[1]
-    index = inverted_file(k, v) if k >= MANY_CENTROIDS else faiss.IndexFlatL2(v)
+    index = inverted_file(k, vectors.shape[1])
     for n in range(ITERATIONS):
         show(f"{n + 1}/{ITERATIONS}")
         clustering.train(vectors.numpy(), index, weights.numpy())
-    return torch.from_numpy(faiss.vector_to_array(clustering.centroids).reshape(k, v))
+    return torch.from_numpy(faiss.vector_to_array(clustering.centroids).reshape(k, -1))
 
 
 def _draw(chances: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -66,10 +65,14 @@ def _draw(chances: Tensor, k: int, generator: torch.Generator) -> Tensor:
 def lloyd(
     vectors: Tensor, weights: Tensor, centroids: Tensor, show: Callable[[str], object] = lambda at: None
 ) -> Tensor:
-    """k-means from these centroids (k, v) on, as torch does it on any device."""
+    """k-means from these centroids (k, v) on, as torch does it on any device; ends where nothing changes."""
+    before = None
     for n in range(ITERATIONS):
         show(f"{n + 1}/{ITERATIONS}")
         code = nearest(vectors, centroids, 1)[:, 0]
+        if before is not None and torch.equal(code, before):
+            break
+        before = code
         total = torch.bincount(code, weights, len(centroids))
         # An empty centroid goes beside one of the greatest weight: the next round divides its vectors.
         empty = (total == 0).nonzero()[:, 0]
@@ -81,9 +84,12 @@ def lloyd(
 
 def weighted_means(vectors: Tensor, weights: Tensor, code: Tensor, previous: Tensor) -> Tensor:
     """The weighted mean (k, v) of the vectors (n, v) of each code (n,); previous (k, v) where it has none."""
-    total = torch.zeros(len(previous), device=weights.device, dtype=torch.float64)
-    total.index_add_(0, code, weights.double())
-    sums = torch.zeros_like(previous, dtype=torch.float64)
-    sums.index_add_(0, code, (vectors * weights[:, None]).double())
-    means = (sums / total[:, None]).to(previous.dtype)
-    return torch.where(total[:, None] > 0, means, previous)
+    weights = weights.double()
+    total = torch.bincount(code, weights, len(previous))
+    means = sums(vectors * weights[:, None], code, len(previous)) / total[:, None]
+    return torch.where(total[:, None] > 0, means.to(previous.dtype), previous)
+
+
+def sums(vectors: Tensor, code: Tensor, k: int) -> Tensor:
+    """The sum (k, v) of the vectors (n, v) of each code (n,)."""
+    return torch.stack([torch.bincount(code, column, k) for column in vectors.T.contiguous()], 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -56,6 +55,9 @@ def _encode(codebook: Codebook, columns: Tensor) -> tuple[Tensor, Tensor | None]
     parts = [codebook.encode(whole)]
     if out_features % codebook.v:
         parts.append(codebook.encode(columns[:, n_whole * codebook.v :]))
+    elif width == 1:
+        index, res_index = parts[0]
+        return index[None], None if res_index is None else res_index[None]
     index = torch.cat([index.view(width, -1) for index, _ in parts], 1)
     residual = [res_index.view(width, -1) for _, res_index in parts if res_index is not None]
     return index, torch.cat(residual, 1) if residual else None
@@ -190,24 +192,3 @@ class QuantizedLinear:
 def _uint16_bits(values: Tensor) -> Tensor:
     """As int16 with the same bits."""
     return torch.from_numpy(values.cpu().numpy().astype(np.uint16).view(np.int16))
-
-
-def config_entry(config: LayerConfig, bias: bool) -> dict[str, Any]:
-    """The layer's entry in `quantization_config`; -1 means none."""
-    c = config
-    return {
-        "in_features": c.in_features,
-        "out_features": c.out_features,
-        "vector_lens": [c.v0 or -1, c.v],
-        "num_centroids": [c.k0 or -1, c.k],
-        "num_res_centroids": [-1, c.r or -1],
-        "group_num": c.g,
-        "group_size": c.group_size,
-        "outlier_size": c.n0,
-        "indices_as_float": False,
-        "enable_norm": c.norm_dim is not None,
-        "enable_perm": c.perm,
-        "is_indice_packed": True,
-        "bias": bias,
-        "vector_quant_dim": "out",
-    }

@@ -53,10 +53,10 @@ def column_pass(
         errors = columns[known] - quantised[known]
         targets = torch.addmm(columns[start:stop], feedback[known, start:stop].T, errors)
         for j in range(start, stop):
-            before = quantised[j].clone()
-            quantised[j] = encode(j, targets[j - start])
-            change = before - quantised[j]  # of the error d_j
-            targets[j - start + 1 :] += torch.outer(feedback[j, j + 1 : stop], change)
+            chosen = encode(j, targets[j - start])
+            change = quantised[j] - chosen  # of the error d_j
+            quantised[j] = chosen
+            targets[j - start + 1 :].addr_(feedback[j, j + 1 : stop], change)
 
 
 def sweep_feedback(hessian: Tensor) -> Tensor:

@@ -186,7 +186,11 @@ class CheckpointWriter:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def finish(
-        self, dense: DenseModel, dtype: torch.dtype, entries: dict[str, Any], report: Mapping[str, Any]
+        self,
+        dense: DenseModel,
+        dtype: torch.dtype,
+        quantization: Mapping[str, Any],
+        report: Mapping[str, Any],
     ) -> None:
         """The checkpoint: a shard for each decoder layer, one for the rest; config.json comes last."""
         n_shards = dense.n_layers + 1
@@ -211,12 +215,13 @@ class CheckpointWriter:
             self.out_dir / "model.safetensors.index.json",
             {"metadata": {"total_size": total}, "weight_map": weight_map},
         )
-        for path in copied_files(dense.checkpoint):
-            copy(path, self.out_dir / path.name)
+        for name in copied_files(dense.checkpoint):
+            with dense.checkpoint.open(name) as file:
+                copy(file, self.out_dir / name, str(dense.checkpoint.path(name)))
         write_json(self.out_dir / "report.json", dict(report))
         config = dict(dense.checkpoint.config.values)
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
-        config["quantization_config"] = {"quant_method": "vptq", "config_for_layers": entries}
+        config["quantization_config"] = {"quant_method": "vptq", **quantization}
         write_json(self.out_dir / "config.json", config)
         self._tidy()
 
@@ -228,17 +233,27 @@ class CheckpointWriter:
             self.parts.rmdir()
 
 
-def copied_files(checkpoint: Checkpoint) -> list[Path]:
-    """The files that the new checkpoint has unchanged; raises FileError for one that cannot be read."""
-    paths = [checkpoint.directory / name for name in COPIED_FILES if checkpoint.has(name)]
-    for path in paths:
-        if path.exists() and not path.is_file():  # a pipe would block
-            raise FileError(f"{path}: found something that is not a regular file")
-        try:
-            path.open("rb").close()
-        except OSError as error:
-            raise FileError(f"{path}: cannot be read: {error.strerror}") from error
-    return paths
+def earlier_plan(out_dir: Path, run: Mapping[str, Any]) -> Section | None:
+    """The plan of an earlier attempt at the same run, None where there is none; raises FileError for a
+    damaged file."""
+    path = out_dir / ".parts" / "run.json"
+    try:
+        if not path.is_file():
+            return None
+    except (OSError, ValueError):  # that is said by whoever writes there
+        return None
+    before = Section.read(path)
+    same = all(before.values.get(name) == value for name, value in run.items())
+    return before.section("plan") if same and "plan" in before.values else None
+
+
+def copied_files(checkpoint: Checkpoint) -> list[str]:
+    """The files that the new checkpoint has unchanged; raises FileError for one that cannot be read, and for
+    one that has changed since the first call."""
+    names = [name for name in COPIED_FILES if checkpoint.has(name)]
+    for name in names:
+        checkpoint.open(name).close()
+    return names
 
 
 def stored(tensor: StoredTensor, dtype: torch.dtype) -> Tensor:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from vptq_converter.architectures import Model
+from vptq_converter.checkpoint import Tensor
 
 from vptq_runtime.errors import FileError, OptionError
 
@@ -20,12 +24,31 @@ if TYPE_CHECKING:
 LayerReport = dict[str, Any]
 
 
+def source_of(model: Model) -> dict[str, Any]:
+    """How the dense model stores its decoder layers' linear weights: "bits_per_weight", and "types", how many
+    matrices have each."""
+    matrices = [
+        weight.weight
+        for weight in model.weights
+        if weight.name.startswith("blk.")
+        and isinstance(weight.weight, Tensor)
+        and len(weight.weight.shape) == 2
+    ]
+    n_weights = sum(prod(matrix.shape) for matrix in matrices)
+    types = Counter(matrix.stored_type for matrix in matrices)
+    return {
+        "bits_per_weight": 8 * sum(matrix.nbytes for matrix in matrices) / n_weights,
+        "types": dict(types.most_common()),
+    }
+
+
 def run_report(
-    model: str, options: dict[str, Any], n_layers: int, layers: list[LayerReport]
+    model: str, source: dict[str, Any], options: dict[str, Any], n_layers: int, layers: list[LayerReport]
 ) -> dict[str, Any]:
     """What report.json says of a run of n_layers decoder layers, of which `layers` are finished."""
     return {
         "model": model,
+        "source": source,
         "options": options,
         "finished": len(layers) == n_layers,
         "n_layers": n_layers,
@@ -75,6 +98,23 @@ def table(layers: Sequence[LayerReport]) -> Table:
         row(str(layer["layer"]), [layer])
     result.add_section()
     row("all", layers)
+    return result
+
+
+def plan_table(entries: Mapping[str, Mapping[str, Any]], n_layers: int) -> Table:
+    """A row for each decoder layer, a column for each kind of matrix: vV-kK-R, and -n without a norm."""
+    result = Table(title="Configurations")
+    kinds = dict.fromkeys(module.split(".", 3)[3] for module in entries)
+    for name in ["layer", *(kind.rpartition(".")[2] for kind in kinds)]:
+        result.add_column(name, justify="right", overflow="fold")
+    for n in range(n_layers):
+        found = [entries[f"model.layers.{n}.{kind}"] for kind in kinds]
+        cells = [
+            f"v{e['vector_lens'][1]}-k{e['num_centroids'][1]}-{max(0, e['num_res_centroids'][1])}"
+            f"{'' if e['enable_norm'] else '-n'}"
+            for e in found
+        ]
+        result.add_row(str(n), *cells)
     return result
 
 

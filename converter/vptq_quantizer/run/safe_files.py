@@ -9,7 +9,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -56,9 +56,15 @@ def link(path: Path, target: Path) -> None:
     _write(target, write)
 
 
-def copy(path: Path, target: Path) -> None:
-    """A copy of a file; raises FileError, and leaves what stood there, when it cannot be made."""
-    _write(target, lambda temporary: shutil.copyfile(path, temporary), f", a copy of {path}")
+def copy(source: BinaryIO, target: Path, name: str) -> None:
+    """A copy of an open file, which errors call `name`; raises FileError, and leaves what stood there, when
+    it cannot be made."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            shutil.copyfileobj(source, file)
+
+    _write(target, write, f", a copy of {name}")
 
 
 def temporary_files(directory: Path) -> list[Path]:

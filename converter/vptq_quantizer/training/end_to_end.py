@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from vptq_converter.layer import LayerConfig
 
 from vptq_quantizer.calibration.text import Calibration
 from vptq_quantizer.dense_model import DenseModel
 from vptq_quantizer.options import QuantizeOptions
+from vptq_quantizer.planning.plan import Plan
 from vptq_quantizer.run.checkpoint_writer import Part
 from vptq_quantizer.training.divergence import divergence, divergence_gradient
 from vptq_quantizer.training.index_updates import Offsets, update_indices
@@ -46,7 +46,7 @@ class States(Protocol):
 
 def tune(
     dense: DenseModel,
-    configs: Mapping[str, LayerConfig],
+    plan: Plan,
     parts: Mapping[int, Part],
     options: QuantizeOptions,
     dtype: torch.dtype,
@@ -62,7 +62,7 @@ def tune(
     did not lower the divergence, everything is as it was before.
     """
     progress.show("end to end")
-    training = _Training(dense, configs, parts, options, dtype, text)
+    training = _Training(dense, plan, parts, options, dtype, text)
     state = states.read_training()
     if state is None:
         training.before = training.measure()
@@ -86,7 +86,7 @@ class _Training:
     def __init__(
         self,
         dense: DenseModel,
-        configs: Mapping[str, LayerConfig],
+        plan: Plan,
         parts: Mapping[int, Part],
         options: QuantizeOptions,
         dtype: torch.dtype,
@@ -95,7 +95,7 @@ class _Training:
         self.dense, self.options, self.dtype, self.text = dense, options, dtype, text
         self.compute = compute_dtype(dense.device)
         self.teacher = dense.whole()
-        self.student = Student(self.teacher, configs, parts, dtype)
+        self.student = Student(self.teacher, plan, parts, dtype)
         for module in self.student.linears:
             parent, _, last = module.rpartition(".")
             linear = self.teacher.get_submodule(module)

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from vptq_converter.layer import LayerConfig
 
 from vptq_quantizer.layers.quantized_linear import QuantizedLinear
+from vptq_quantizer.planning.plan import Plan
 from vptq_quantizer.run.checkpoint_writer import Part
 from vptq_quantizer.training.decode import column_gradient, parameter_gradients
 
@@ -24,7 +24,7 @@ class Student:
     def __init__(
         self,
         dense: nn.Module,
-        configs: Mapping[str, LayerConfig],
+        plan: Plan,
         parts: Mapping[int, Part],
         dtype: torch.dtype,
     ) -> None:
@@ -36,7 +36,7 @@ class Student:
         self.linears: dict[str, nn.Linear] = {}
         self.parameters: dict[str, Tensor] = {}
         for n, part in parts.items():
-            for name, config in configs.items():
+            for name, config in plan.layer(n).items():
                 module = f"model.layers.{n}.{name}"
                 begin = f"{module}."
                 fields = {k.removeprefix(begin): t for k, t in part.tensors.items() if k.startswith(begin)}

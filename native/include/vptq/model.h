@@ -27,7 +27,7 @@ struct Hyperparameters {
   std::vector<int> sliding_window;  // (n_layer): a token sees itself and the window - 1 before it; 0: all
 };
 
-// W as a dense matrix (out_features, in_features): F32, F16, BF16 or Q8_0.
+// W as a dense matrix (out_features, in_features) of one of the matrix types.
 struct DenseWeights {
   Tensor weight;
 };

@@ -13,6 +13,13 @@
       return {_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(load_bytes<2 * N>(p)), 16))};               \
     }                                                                                                        \
     static Lanes load_i8(const int8_t* p) { return {_mm_cvtepi32_ps(_mm_cvtepi8_epi32(load_bytes<N>(p)))}; } \
+    static Lanes load_u4(const uint8_t* p, int shift) {                                                      \
+      return {_mm_cvtepi32_ps(_mm_cvtepu8_epi32(half_bytes<N>(p, shift)))};                                  \
+    }                                                                                                        \
+    static Lanes load_u5(const uint8_t* p, int shift, uint32_t fifth) {                                      \
+      const __m128i bytes = _mm_or_si128(half_bytes<N>(p, shift), fifth_bits(fifth));                        \
+      return {_mm_cvtepi32_ps(_mm_cvtepu8_epi32(bytes))};                                                    \
+    }                                                                                                        \
     void store(float* p) const { store_bytes<4 * N>(p, _mm_castps_si128(v)); }                               \
     void store_f16(uint16_t* p) const { store_bytes<2 * N>(p, _mm_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); } \
   };
@@ -24,6 +31,25 @@ __m128i load_bytes(const void* p) {
   int32_t low = 0;
   __builtin_memcpy(&low, p, Bytes < 4 ? Bytes : 4);
   return _mm_cvtsi32_si128(low);
+}
+
+// Four bits of each byte, from bit `shift` on, 0 or 4.
+template <int Bytes>
+__m128i half_bytes(const void* p, int shift) {
+  const __m128i bytes = load_bytes<Bytes>(p);
+  return _mm_and_si128(shift ? _mm_srli_epi16(bytes, 4) : bytes, _mm_set1_epi8(15));
+}
+
+// Bit i becomes byte i, 0 or 16.
+inline __m128i fifth_bits(uint32_t bits) {
+#ifdef __AVX512BW__
+  return _mm_maskz_set1_epi8(__mmask16(bits), 16);
+#else
+  const __m128i which = _mm_set1_epi64x(int64_t(0x8040201008040201));
+  const __m128i first = _mm_cvtsi32_si128(0), second = _mm_set1_epi8(1);
+  const __m128i spread = _mm_shuffle_epi8(_mm_cvtsi32_si128(int(bits)), _mm_unpacklo_epi64(first, second));
+  return _mm_and_si128(_mm_cmpeq_epi8(_mm_and_si128(spread, which), which), _mm_set1_epi8(16));
+#endif
 }
 
 template <int Bytes>
@@ -51,6 +77,13 @@ struct Lanes<8> {
   static Lanes load_bf16(const uint16_t* p) { return widen_bf16(load_bytes<16>(p)); }
   static Lanes widen_bf16(__m128i x) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))}; }
   static Lanes load_i8(const int8_t* p) { return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_bytes<8>(p)))}; }
+  static Lanes load_u4(const uint8_t* p, int shift) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(half_bytes<8>(p, shift)))};
+  }
+  static Lanes load_u5(const uint8_t* p, int shift, uint32_t fifth) {
+    const __m128i bytes = _mm_or_si128(half_bytes<8>(p, shift), fifth_bits(fifth));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))};
+  }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store_f16(uint16_t* p) const { store_bytes<16>(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
 };

@@ -11,6 +11,13 @@ struct Lanes<16> {
   static Lanes load_bf16(const uint16_t* p) { return widen_bf16(load_256(p)); }
   static Lanes widen_bf16(__m256i x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))}; }
   static Lanes load_i8(const int8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_bytes<16>(p)))}; }
+  static Lanes load_u4(const uint8_t* p, int shift) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(half_bytes<16>(p, shift)))};
+  }
+  static Lanes load_u5(const uint8_t* p, int shift, uint32_t fifth) {
+    const __m128i bytes = _mm_or_si128(half_bytes<16>(p, shift), fifth_bits(fifth));
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))};
+  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store_f16(uint16_t* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));

@@ -15,6 +15,12 @@ struct Lanes {
   static Lanes load_f16(const uint16_t* p) { return {Lanes<L>::load_f16(p), Lanes<H>::load_f16(p + L)}; }
   static Lanes load_bf16(const uint16_t* p) { return {Lanes<L>::load_bf16(p), Lanes<H>::load_bf16(p + L)}; }
   static Lanes load_i8(const int8_t* p) { return {Lanes<L>::load_i8(p), Lanes<H>::load_i8(p + L)}; }
+  static Lanes load_u4(const uint8_t* p, int shift) {
+    return {Lanes<L>::load_u4(p, shift), Lanes<H>::load_u4(p + L, shift)};
+  }
+  static Lanes load_u5(const uint8_t* p, int shift, uint32_t fifth) {
+    return {Lanes<L>::load_u5(p, shift, fifth), Lanes<H>::load_u5(p + L, shift, fifth >> L)};
+  }
   void store(float* p) const {
     lo.store(p);
     hi.store(p + L);

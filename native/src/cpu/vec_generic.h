@@ -31,6 +31,13 @@ struct Lanes {
     for (int i = 0; i < N; ++i) r.a[i] = float(p[i]);
     return r;
   }
+  // Four bits of each byte, from bit `shift` on, 0 or 4; with a fifth one above them, bit i of `fifth` for byte i.
+  static Lanes load_u4(const uint8_t* p, int shift) { return load_u5(p, shift, 0); }
+  static Lanes load_u5(const uint8_t* p, int shift, uint32_t fifth) {
+    Lanes r;
+    for (int i = 0; i < N; ++i) r.a[i] = float((p[i] >> shift & 15) | (fifth >> i & 1) << 4);
+    return r;
+  }
   void store(float* p) const {
     for (int i = 0; i < N; ++i) p[i] = a[i];
   }

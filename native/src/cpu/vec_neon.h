@@ -8,6 +8,14 @@ T load_as(const void* p) {
   return value;
 }
 
+// Four bits of each of eight bytes, from bit `shift` on, 0 or 4, with a fifth one above them, bit i of `fifth` for byte
+// i: as 16-bit numbers.
+inline uint16x8_t five_bits(uint8x8_t bytes, int shift, uint32_t fifth) {
+  const uint8x8_t which = vcreate_u8(0x8040201008040201);
+  const uint8x8_t high = vand_u8(vtst_u8(vdup_n_u8(uint8_t(fifth)), which), vdup_n_u8(16));
+  return vmovl_u8(vorr_u8(vand_u8(vshl_u8(bytes, vdup_n_s8(int8_t(-shift))), vdup_n_u8(15)), high));
+}
+
 template <>
 struct Lanes<4> {
   float32x4_t v;
@@ -18,6 +26,11 @@ struct Lanes<4> {
   static Lanes load_bf16(const uint16_t* p) { return {vreinterpretq_f32_u32(vshll_n_u16(load_as<uint16x4_t>(p), 16))}; }
   static Lanes load_i8(const int8_t* p) {
     return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(load_as<uint32_t>(p))))))};
+  }
+  static Lanes load_u4(const uint8_t* p, int shift) { return load_u5(p, shift, 0); }
+  static Lanes load_u5(const uint8_t* p, int shift, uint32_t fifth) {
+    const uint16x8_t numbers = five_bits(vcreate_u8(load_as<uint32_t>(p)), shift, fifth);
+    return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(numbers)))};
   }
   void store(float* p) const { vst1q_f32(p, v); }
   void store_f16(uint16_t* p) const { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
@@ -40,6 +53,15 @@ inline Lanes<8> Lanes<8>::load_i8(const int8_t* p) {
   const int16x8_t eight = vmovl_s8(load_as<int8x8_t>(p));
   return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(eight)))}, {vcvtq_f32_s32(vmovl_high_s16(eight))}};
 }
+template <>
+inline Lanes<8> Lanes<8>::load_u5(const uint8_t* p, int shift, uint32_t fifth) {
+  const uint16x8_t eight = five_bits(load_as<uint8x8_t>(p), shift, fifth);
+  return {{vcvtq_f32_u32(vmovl_u16(vget_low_u16(eight)))}, {vcvtq_f32_u32(vmovl_high_u16(eight))}};
+}
+template <>
+inline Lanes<8> Lanes<8>::load_u4(const uint8_t* p, int shift) {
+  return load_u5(p, shift, 0);
+}
 
 template <>
 struct Lanes<2> {
@@ -54,6 +76,11 @@ struct Lanes<2> {
     return {vget_low_f32(vreinterpretq_f32_u32(vshll_n_u16(vcreate_u16(load_as<uint32_t>(p)), 16)))};
   }
   static Lanes load_i8(const int8_t* p) { return {float32x2_t{float(p[0]), float(p[1])}}; }
+  static Lanes load_u4(const uint8_t* p, int shift) { return load_u5(p, shift, 0); }
+  static Lanes load_u5(const uint8_t* p, int shift, uint32_t fifth) {
+    return {float32x2_t{float((p[0] >> shift & 15) | (fifth & 1) << 4),
+                        float((p[1] >> shift & 15) | (fifth >> 1 & 1) << 4)}};
+  }
   void store(float* p) const { vst1_f32(p, v); }
   void store_f16(uint16_t* p) const {
     const uint32_t two = vget_lane_u32(vreinterpret_u32_f16(vcvt_f16_f32(vcombine_f32(v, v))), 0);
@@ -70,6 +97,10 @@ struct Lanes<1> {
   static Lanes load_f16(const uint16_t* p) { return {float(load_as<float16_t>(p))}; }
   static Lanes load_bf16(const uint16_t* p) { return {from_bits(uint32_t(*p) << 16)}; }
   static Lanes load_i8(const int8_t* p) { return {float(*p)}; }
+  static Lanes load_u4(const uint8_t* p, int shift) { return load_u5(p, shift, 0); }
+  static Lanes load_u5(const uint8_t* p, int shift, uint32_t fifth) {
+    return {float((*p >> shift & 15) | (fifth & 1) << 4)};
+  }
   void store(float* p) const { *p = v; }
   void store_f16(uint16_t* p) const {
     const auto h = float16_t(v);

@@ -24,13 +24,16 @@ float largest(DType type, const std::byte* data, size_t n) {
   return out;
 }
 
-// What none of n numbers in Q8_0 is larger than.
-float bound_of_q8_0(const std::byte* data, size_t n) {
+// What no number of a quantised matrix is larger than.
+float bound_of_blocks(const Tensor& t) {
+  const TypeLayout layout = layout_of(t.type);
+  const auto most = float(1 << (layout.has_min ? layout.bits : layout.bits - 1));
   float out = 0;
-  for (size_t block = 0; block < n / kQ8Block; ++block) {
-    uint16_t scale;
-    std::memcpy(&scale, data + block * kQ8BlockBytes, sizeof(scale));
-    out = std::max(out, 128 * std::abs(half_to_float(scale)));
+  for (size_t at = 0; at < t.bytes; at += layout.block_bytes) {
+    uint16_t halves[2];  // d, and m where there is one
+    std::memcpy(halves, t.data + at, sizeof(halves));
+    const float min = layout.has_min ? std::abs(half_to_float(halves[1])) : 0;
+    out = std::max(out, most * std::abs(half_to_float(halves[0])) + min);
   }
   return out;
 }
@@ -41,9 +44,8 @@ bool fits_f16(const LinearWeights& layer) {
                                  const Tensor& t = w.weight;
                                  if (t.type == DType::f16) return true;
                                  const size_t n = size_t(layer.in_features) * layer.out_features;
-                                 const float bound =
-                                     t.type == DType::q8_0 ? bound_of_q8_0(t.data, n) : largest(t.type, t.data, n);
-                                 return bound < kMostRounded;
+                                 return (is_float(t.type) ? largest(t.type, t.data, n) : bound_of_blocks(t)) <
+                                        kMostRounded;
                                },
                                [](const VptqWeights& w) {
                                  return std::all_of(w.columns.begin(), w.columns.end(), [](const VqColumns& c) {

@@ -38,7 +38,7 @@ struct DeviceBatch {
   int n, n_prompt, n_outputs;
 };
 
-// x[t] = table[tokens[t]]; table (rows, d): F32, F16, BF16 or Q8_0, in device memory
+// x[t] = table[tokens[t]]; table (rows, d): of a matrix type, in device memory
 void embed(const DeviceBatch& batch, const Tensor& table, int d, float* x, Stream stream);
 // out = x / sqrt(mean(x^2) + eps) * weight, over rows of d
 void rms_norm(const float* x, int n, int d, const float* weight, float eps, float* out, Stream stream);
@@ -66,7 +66,7 @@ size_t attention_workspace(int n, int n_head, int head_dim, int n_splits);
 void attention(const DeviceBatch& batch, const KvLayout& layout, int layer, int n_head, int window, int n_splits,
                const float* q, float* out, float* workspace, Stream stream);
 
-// W (out_features, in_features), F32, F16, BF16 or Q8_0
+// W (out_features, in_features), of a matrix type
 struct DenseLayer {
   int in_features, out_features;
   DType type;

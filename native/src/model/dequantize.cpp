@@ -16,13 +16,29 @@ std::vector<float> floats(const Tensor* t) {
   return out;
 }
 
-void dequantize_q8_0(const Tensor& t, size_t n, float* out) {
-  for (size_t i = 0; i < n; ++i) {
-    const std::byte* block = t.data + i / kQ8Block * kQ8BlockBytes;
-    uint16_t d;
-    std::memcpy(&d, block, 2);
-    out[i] = half_to_float(d) * float(int8_t(block[2 + i % kQ8Block]));
-  }
+float half_at(const std::byte* p) {
+  uint16_t bits;
+  std::memcpy(&bits, p, 2);
+  return half_to_float(bits);
+}
+
+// Weight i of a quantised block, as vptq/tensor.h has it.
+float block_weight(DType type, const std::byte* block, int i) {
+  const float d = half_at(block);
+  if (type == DType::q8_0) return d * float(int8_t(block[2 + i]));
+  const TypeLayout layout = layout_of(type);
+  const bool five = layout.bits == 5;
+  const std::byte* fifth = block + (layout.has_min ? 4 : 2);
+  const std::byte* lower = fifth + (five ? 4 : 0);
+  int q = i < 16 ? int(lower[i]) & 15 : int(lower[i - 16]) >> 4;
+  if (five) q |= (int(fifth[i / 8]) >> i % 8 & 1) << 4;
+  return layout.has_min ? d * float(q) + half_at(block + 2) : d * float(q - (five ? 16 : 8));
+}
+
+void dequantize_blocks(const Tensor& t, size_t n, float* out) {
+  const TypeLayout layout = layout_of(t.type);
+  for (size_t i = 0; i < n; ++i)
+    out[i] = block_weight(t.type, t.data + i / layout.block * layout.block_bytes, int(i % layout.block));
 }
 
 void dequantize_columns(const VqColumns& c, const LinearWeights& layer, const uint16_t* perm, float* out) {
@@ -53,7 +69,7 @@ void dequantize_columns(const VqColumns& c, const LinearWeights& layer, const ui
 void dequantize_dense(const DenseWeights& w, const LinearWeights& layer, float* out) {
   const Tensor& t = w.weight;
   const size_t n = size_t(layer.in_features) * layer.out_features;
-  t.type == DType::q8_0 ? dequantize_q8_0(t, n, out) : to_float(t.type, t.data, n, out);
+  is_float(t.type) ? to_float(t.type, t.data, n, out) : dequantize_blocks(t, n, out);
 }
 
 void dequantize_vptq(const VptqWeights& w, const LinearWeights& layer, float* out) {

@@ -126,19 +126,9 @@ uint64_t tensor_bytes(DType type, const std::vector<int64_t>& shape) {
   uint64_t n = 1;
   for (const int64_t d : shape)
     if (d <= 0 || __builtin_mul_overflow(n, uint64_t(d), &n)) return 0;
-  uint64_t element = 0;
-  switch (type) {
-    case DType::f32:
-    case DType::i32: element = 4; break;
-    case DType::f16:
-    case DType::bf16:
-    case DType::i16: element = 2; break;
-    case DType::q8_0:
-      if (shape.back() % kQ8Block != 0) return 0;
-      n /= kQ8Block;
-      element = kQ8BlockBytes;
-  }
-  return __builtin_mul_overflow(n, element, &n) ? 0 : n;
+  const TypeLayout layout = layout_of(type);
+  if (shape.back() % layout.block != 0) return 0;
+  return __builtin_mul_overflow(n / layout.block, uint64_t(layout.block_bytes), &n) ? 0 : n;
 }
 
 struct TensorInfo {
@@ -160,8 +150,8 @@ TensorInfo read_tensor_info(Cursor& in, bool plain) {
   info.offset = in.read<uint64_t>(what);
   t.bytes = tensor_bytes(t.type, t.shape);
   if (t.bytes == 0)
-    in.fail(what + " has type " + type_name(t.type) + " and shape " + shape_text(t.shape) +
-            ", expected F32, F16, BF16, Q8_0 (rows of whole 32-element blocks), I16 or I32 and a possible shape" +
+    in.fail(what + " has type " + type_name(t.type) + " and shape " + shape_text(t.shape) + ", expected " +
+            kMatrixTypes + " (Q: rows of whole blocks of 32), I16 or I32, and a possible shape" +
             (plain ? std::string("; ") + kPlainGguf : ""));
   return info;
 }

@@ -83,8 +83,7 @@ class LinearReader {
   }
 
   void expect_float(const Tensor& t) const {
-    if (t.type != DType::f16 && t.type != DType::bf16 && t.type != DType::f32)
-      fail(t.name, "type " + type_name(t.type) + ", expected F16, BF16 or F32");
+    if (!is_float(t.type)) fail(t.name, "type " + type_name(t.type) + ", expected F16, BF16 or F32");
     if (!all_finite(t)) fail(t.name, "holds NaN or infinity, expected finite numbers");
   }
 
@@ -99,8 +98,8 @@ class LinearReader {
 
   DenseWeights read_weights(std::type_identity<DenseWeights>, const Tensor& weight) const {
     expect_shape(weight, {out_, in_});
-    if (weight.type == DType::i16 || weight.type == DType::i32)
-      fail(weight.name, "type " + type_name(weight.type) + ", expected F32, F16, BF16 or Q8_0");
+    if (!is_matrix_type(weight.type))
+      fail(weight.name, "type " + type_name(weight.type) + ", expected " + kMatrixTypes);
     return {weight};
   }
 

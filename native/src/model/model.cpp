@@ -133,15 +133,15 @@ Hyperparameters read_hyperparameters(const GgufFile& file) {
   return h;
 }
 
-Tensor need_tensor(const GgufFile& file, const std::string& name, const std::vector<int64_t>& shape, bool q8_0) {
+Tensor need_tensor(const GgufFile& file, const std::string& name, const std::vector<int64_t>& shape, bool matrix) {
   const Tensor* t = file.find(name);
   if (!t) throw FileError(file.path() + ": tensor '" + name + "': missing");
   if (t->shape != shape)
     throw FileError(file.path() + ": tensor '" + name + "': shape " + shape_text(t->shape) + ", expected " +
                     shape_text(shape));
-  if (t->type != DType::f32 && t->type != DType::f16 && t->type != DType::bf16 && !(q8_0 && t->type == DType::q8_0))
-    throw FileError(file.path() + ": tensor '" + name + "': type " + type_name(t->type) + ", expected F32, F16" +
-                    (q8_0 ? ", BF16 or Q8_0" : " or BF16"));
+  if (!(matrix ? is_matrix_type(t->type) : is_float(t->type)))
+    throw FileError(file.path() + ": tensor '" + name + "': type " + type_name(t->type) + ", expected " +
+                    (matrix ? kMatrixTypes : "F32, F16 or BF16"));
   return *t;
 }
 

@@ -6,27 +6,17 @@
 namespace vptq {
 
 size_t bytes_of(DType type, size_t n) {
-  switch (type) {
-    case DType::f32:
-    case DType::i32: return 4 * n;
-    case DType::f16:
-    case DType::bf16:
-    case DType::i16: return 2 * n;
-    case DType::q8_0: return n / kQ8Block * kQ8BlockBytes;
-  }
-  return 0;
+  const TypeLayout layout = layout_of(type);
+  return n / layout.block * layout.block_bytes;
 }
 
+bool is_float(DType type) { return type == DType::f32 || type == DType::f16 || type == DType::bf16; }
+
+bool is_matrix_type(DType type) { return layout_of(type).name && type != DType::i16 && type != DType::i32; }
+
 std::string type_name(DType type) {
-  switch (type) {
-    case DType::f32: return "F32";
-    case DType::f16: return "F16";
-    case DType::q8_0: return "Q8_0";
-    case DType::i16: return "I16";
-    case DType::i32: return "I32";
-    case DType::bf16: return "BF16";
-  }
-  return "number " + std::to_string(static_cast<uint32_t>(type));
+  const char* name = layout_of(type).name;
+  return name ? name : "number " + std::to_string(static_cast<uint32_t>(type));
 }
 
 std::string shape_text(const std::vector<int64_t>& shape) {

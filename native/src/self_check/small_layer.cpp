@@ -30,9 +30,14 @@ std::string kind_of_vptq(const VptqWeights& w) {
 
 // Signs and mantissas at random, one exponent: quick, finite, and nothing that f16 cannot hold.
 void fix_exponents(DType type, int exponent, std::byte* data, size_t bytes) {
-  if (type == DType::q8_0) {
-    const auto scale = static_cast<uint16_t>((exponent + 1 - 7 + 15) << 10);  // of whole numbers up to 2^7
-    for (size_t at = 0; at < bytes; at += kQ8BlockBytes) std::memcpy(data + at, &scale, sizeof(scale));
+  if (const TypeLayout layout = layout_of(type); layout.bits) {
+    const int size = exponent + 1;  // whole numbers up to 2^(bits - 1), or an m of that size below them
+    const auto scale = static_cast<uint16_t>((size - (layout.bits - 1) + 15) << 10);
+    const auto min = static_cast<uint16_t>(0x8000 | (size + 15) << 10);
+    for (size_t at = 0; at < bytes; at += layout.block_bytes) {
+      std::memcpy(data + at, &scale, sizeof(scale));
+      if (layout.has_min) std::memcpy(data + at + sizeof(scale), &min, sizeof(min));
+    }
     return;
   }
   const int mantissa = type == DType::f32 ? 23 : type == DType::f16 ? 10 : 7, bias = type == DType::f16 ? 15 : 127;

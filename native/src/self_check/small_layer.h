@@ -18,7 +18,7 @@ class RandomTensors {
   RandomTensors(const RandomTensors&) = delete;
   RandomTensors& operator=(const RandomTensors&) = delete;
 
-  // Numbers of the sizes 2^exponent to 2^(exponent + 1), or in Q8_0 up to that, of either sign. F32, F16, BF16 or Q8_0.
+  // Numbers of the sizes 2^exponent to 2^(exponent + 1), or in quantised types up to that, of either sign.
   const Tensor* make(DType type, std::vector<int64_t> shape, int exponent);
   // Bytes that are 0, to be filled.
   std::byte* allocate(size_t bytes);

@@ -17,6 +17,7 @@ import pytest
 from feeding import all_logits
 from tiny_bench import HEADINGS, QUANT, SYNTHETIC, TINY, cells
 from tiny_gguf import HEAD_DIM, KEYS, N_EMBD, N_FF, N_VOCAB, tensors, write
+from vptq_converter.dense import DENSE_TYPES
 
 from vptq_runtime import _native
 from vptq_runtime.bench import cli as bench
@@ -90,7 +91,7 @@ def test_bytes_of_the_shapes(name: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
-@pytest.mark.parametrize("dense_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("dense_type", [name for name in bench.DENSE_TYPES if name != "auto"])
 @pytest.mark.parametrize("quant", [QUANT, "v8-k2048-0", "v16-k65536-2", "v1-k2-0"])
 def test_synthetic_model_is_whole(quant: str, dense_type: str, arch: str, greedy: _native.Sampler) -> None:
     synthetic_model = tiny_model(
@@ -111,6 +112,10 @@ def test_synthetic_model_is_whole(quant: str, dense_type: str, arch: str, greedy
     assert np.isfinite(logits).all()
     assert 0.1 < logits.std() < 10
     assert len(np.unique(logits, axis=0)) == 40  # another token, other logits
+
+
+def test_types_are_those_that_can_be_written() -> None:
+    assert bench.DENSE_TYPES == DENSE_TYPES
 
 
 def test_synthetic_weights_are_random() -> None:

@@ -283,7 +283,7 @@ def test_the_type_of_a_dense_checkpoint(
         (
             model,
             "float32",
-            "--compare-dtype: found no directory to compare with, expected a dense checkpoint's",
+            "--compare-dtype: found no dense model to compare with, expected one",
         ),
     ):
         options = ["--compare", str(other), "--compare-dtype", dtype]

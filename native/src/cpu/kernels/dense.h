@@ -11,26 +11,32 @@ constexpr bool kAllInRegisters =    // which for any number of tokens is the fas
 constexpr int kPiece = 256;       // columns that are made floats for many tokens
 constexpr int kDenseTokens = 64;  // whose sums are kept while a piece is there
 
-// How the weights of a row lie in memory: load<N>(row, i) gives the N from i on, a multiple of N.
-struct F32Row {
+// How the weights of a row lie in memory: load<N>(row, i) gives the N from i on, a multiple of N, which is at most 16.
+template <DType Type>
+struct DenseRow;
+template <>
+struct DenseRow<DType::f32> {
   template <int N>
   static Lanes<N> load(const std::byte* row, int i) {
     return Lanes<N>::load(reinterpret_cast<const float*>(row) + i);
   }
 };
-struct F16Row {
+template <>
+struct DenseRow<DType::f16> {
   template <int N>
   static Lanes<N> load(const std::byte* row, int i) {
     return Lanes<N>::load_f16(reinterpret_cast<const uint16_t*>(row) + i);
   }
 };
-struct Bf16Row {
+template <>
+struct DenseRow<DType::bf16> {
   template <int N>
   static Lanes<N> load(const std::byte* row, int i) {
     return Lanes<N>::load_bf16(reinterpret_cast<const uint16_t*>(row) + i);
   }
 };
-struct Q8Row {
+template <>
+struct DenseRow<DType::q8_0> {
   template <int N>
   static Lanes<N> load(const std::byte* row, int i) {
     const std::byte* block = row + int64_t{i} / kQ8Block * kQ8BlockBytes;
@@ -39,6 +45,38 @@ struct Q8Row {
     return Lanes<N>::broadcast_f16(scale) * Lanes<N>::load_i8(q);
   }
 };
+// q d + m, m being -8 d or -16 d where the block has none: exact but for the sum with an m of its own.
+template <DType Type>
+struct PackedRow {
+  template <int N>
+  static Lanes<N> load(const std::byte* row, int i) {
+    constexpr TypeLayout kLayout = layout_of(Type);
+    constexpr bool kFive = kLayout.bits == 5, kMin = kLayout.has_min;
+    const std::byte* block = row + int64_t{i} / kLayout.block * kLayout.block_bytes;
+    const auto* halves = reinterpret_cast<const uint16_t*>(block);
+    const auto* fifth = reinterpret_cast<const uint8_t*>(block + (kMin ? 4 : 2));
+    const int j = i % kLayout.block;
+    const uint8_t* lower = fifth + (kFive ? 4 : 0) + j % 16;
+    const int shift = j < 16 ? 0 : 4;
+    const Lanes<N> d = Lanes<N>::broadcast_f16(halves);
+    const Lanes<N> m = kMin ? Lanes<N>::broadcast_f16(halves + 1) : d * Lanes<N>::broadcast(kFive ? -16 : -8);
+    if constexpr (kFive) {
+      uint32_t bits;
+      __builtin_memcpy(&bits, fifth, 4);
+      return fma(Lanes<N>::load_u5(lower, shift, bits >> j), d, m);
+    } else {
+      return fma(Lanes<N>::load_u4(lower, shift), d, m);
+    }
+  }
+};
+template <>
+struct DenseRow<DType::q4_0> : PackedRow<DType::q4_0> {};
+template <>
+struct DenseRow<DType::q4_1> : PackedRow<DType::q4_1> {};
+template <>
+struct DenseRow<DType::q5_0> : PackedRow<DType::q5_0> {};
+template <>
+struct DenseRow<DType::q5_1> : PackedRow<DType::q5_1> {};
 
 // Elements [first, first + n) of a row as float; first is a multiple of kWidth.
 template <class Weights>
@@ -48,8 +86,10 @@ void convert(const std::byte* row, int first, int n, float* out) {
   for (; i < n; ++i) Weights::template load<1>(row, first + i).store(out + i);
 }
 
-inline int64_t dense_row_bytes(DType type, int64_t n) {
-  return type == DType::q8_0 ? n / kQ8Block * kQ8BlockBytes : n * (type == DType::f32 ? 4 : 2);
+template <DType Type>
+constexpr int64_t dense_row_bytes(int64_t n) {
+  constexpr TypeLayout kLayout = layout_of(Type);
+  return n / kLayout.block * kLayout.block_bytes;
 }
 
 // Asks for what lies as far on as the rows that are being read: so many at a time are more than the processor foresees.
@@ -79,10 +119,10 @@ void dense_few(const std::byte* w, int64_t row_bytes, int in_features, const flo
     }
     i += kWidth;
   };
-  static_assert(kQ8Block == 2 * kWidth);
-  const int64_t block_bytes = kQ8Block * row_bytes / in_features;
-  while (i + kQ8Block <= in_features) {  // a block at a time, whose scale is loaded once
-    prefetch_rows<R>(w, row_bytes, i / kQ8Block * block_bytes);
+  constexpr int kBlock = 2 * kWidth;
+  const int64_t block_bytes = kBlock * row_bytes / in_features;
+  while (i + kBlock <= in_features) {  // a quantised block at a time, whose scale is loaded once
+    prefetch_rows<R>(w, row_bytes, i / kBlock * block_bytes);
     add();
     add();
   }
@@ -140,10 +180,11 @@ void dense_together(const std::byte* w, int64_t row_bytes, int in_features, cons
   }
 }
 
-template <class Weights>
+template <DType Type>
 void dense_rows(const Tensor& w, int in_features, const float* x, int64_t x_stride, int n_tokens, int row_begin,
                 int row_end, float* y, int64_t y_stride) {
-  const int64_t row_bytes = dense_row_bytes(w.type, in_features);
+  using Weights = DenseRow<Type>;
+  const int64_t row_bytes = dense_row_bytes<Type>(in_features);
   for (int t = 0; t < n_tokens; t += kDenseTokens) {
     const int tokens = n_tokens - t < kDenseTokens ? n_tokens - t : kDenseTokens;
     const float* xt = x + t * x_stride;
@@ -158,17 +199,13 @@ void dense_rows(const Tensor& w, int in_features, const float* x, int64_t x_stri
 
 void dense(const Tensor& w, int in_features, const float* x, int64_t x_stride, int n_tokens, int row_begin, int row_end,
            float* y, int64_t y_stride) {
-  const auto kernel = w.type == DType::q8_0   ? dense_rows<Q8Row>
-                      : w.type == DType::f16  ? dense_rows<F16Row>
-                      : w.type == DType::bf16 ? dense_rows<Bf16Row>
-                                              : dense_rows<F32Row>;
-  kernel(w, in_features, x, x_stride, n_tokens, row_begin, row_end, y, y_stride);
+  with_matrix_type(w.type, [&]<DType Type>() {
+    dense_rows<Type>(w, in_features, x, x_stride, n_tokens, row_begin, row_end, y, y_stride);
+  });
 }
 
 void row(const Tensor& table, int64_t row, int n, float* out) {
-  const auto kernel = table.type == DType::q8_0   ? convert<Q8Row>
-                      : table.type == DType::f16  ? convert<F16Row>
-                      : table.type == DType::bf16 ? convert<Bf16Row>
-                                                  : convert<F32Row>;
-  kernel(table.data + row * dense_row_bytes(table.type, n), 0, n, out);
+  with_matrix_type(table.type, [&]<DType Type>() {
+    convert<DenseRow<Type>>(table.data + row * dense_row_bytes<Type>(n), 0, n, out);
+  });
 }

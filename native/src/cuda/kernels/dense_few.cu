@@ -9,7 +9,7 @@
 // A lane adds up its columns in ascending order, then the lanes are added up as a tree: the same for any kTokens.
 #include "cuda/device.cuh"
 #include "cuda/kernels.h"
-#include "cuda/kernels/q8.cuh"
+#include "cuda/kernels/quantised.cuh"
 #include "cuda/launch.cuh"
 
 namespace vptq::cuda {
@@ -41,45 +41,89 @@ struct Place {
 // How the weights of a row lie in memory. A step is what a warp takes at a time: kColumns columns a lane, in whole
 // words of all lanes. Made for a row that begins at `byte` of each segment; load(): a lane's weights of the step whose
 // words those are.
-struct F32Row {
+template <DType Type>
+struct DenseRow;
+template <>
+struct DenseRow<DType::f32> {
   static constexpr int kColumns = 1, kStepBytes = kWarp * 4;
   uint32_t word;
 
-  VPTQ_DEVICE F32Row(uint32_t byte, uint32_t lane) : word(byte / 4 + lane) {}
+  VPTQ_DEVICE DenseRow(uint32_t byte, uint32_t lane) : word(byte / 4 + lane) {}
   VPTQ_DEVICE void load(const uint32_t* words, float (&w)[kColumns]) const { w[0] = float_from_bits(words[word]); }
 };
-struct F16Row {
+template <>
+struct DenseRow<DType::f16> {
   static constexpr int kColumns = 2, kStepBytes = kWarp * 4;
   Place place;
 
-  VPTQ_DEVICE F16Row(uint32_t byte, uint32_t lane) : place(byte + 4 * lane) {}
+  VPTQ_DEVICE DenseRow(uint32_t byte, uint32_t lane) : place(byte + 4 * lane) {}
   VPTQ_DEVICE void load(const uint32_t* words, float (&w)[kColumns]) const {
     const float2 pair = halves_to_floats(place.load(words));
     w[0] = pair.x;
     w[1] = pair.y;
   }
 };
-struct Bf16Row {
+template <>
+struct DenseRow<DType::bf16> {
   static constexpr int kColumns = 2, kStepBytes = kWarp * 4;
   Place place;
 
-  VPTQ_DEVICE Bf16Row(uint32_t byte, uint32_t lane) : place(byte + 4 * lane) {}
+  VPTQ_DEVICE DenseRow(uint32_t byte, uint32_t lane) : place(byte + 4 * lane) {}
   VPTQ_DEVICE void load(const uint32_t* words, float (&w)[kColumns]) const {
     const uint32_t pair = place.load(words);
     w[0] = float_from_bits(pair << 16);
     w[1] = float_from_bits(pair & 0xffff0000u);
   }
 };
-struct Q8Row {
+template <>
+struct DenseRow<DType::q8_0> {
   static constexpr int kColumns = 4, kStepBytes = kWarp * kColumns / kQ8Block * kQ8BlockBytes;
   uint32_t scale;  // which half
   Place place;
 
-  VPTQ_DEVICE Q8Row(uint32_t byte, uint32_t lane)
+  VPTQ_DEVICE DenseRow(uint32_t byte, uint32_t lane)
       : scale((byte + lane / 8 * kQ8BlockBytes) / 2), place(2 * scale + 2 + lane % 8 * 4) {}
   VPTQ_DEVICE void load(const uint32_t* words, float (&w)[kColumns]) const {
     q8_to_floats(place.load(words), half_to_float(reinterpret_cast<const uint16_t*>(words)[scale]), w);
   }
+};
+// Eight lanes a block: four of them take the lower halves of its last 16 bytes, four the upper ones.
+template <DType Type>
+struct PackedRow {
+  static constexpr TypeLayout kLayout = layout_of(Type);
+  static constexpr bool kFive = kLayout.bits == 5;
+  static constexpr int kColumns = 4, kStepBytes = kWarp * kColumns / kLayout.block * kLayout.block_bytes;
+  uint32_t halves;  // which half d is
+  Place fifth, lower;
+  uint32_t first;  // of the lane's columns, in its block
+
+  VPTQ_DEVICE PackedRow(uint32_t byte, uint32_t lane)
+      : halves((byte + lane / 8 * kLayout.block_bytes) / 2),
+        fifth(2 * halves + kFifth<Type>),
+        lower(2 * halves + kLower<Type> + lane % 4 * 4),
+        first(lane % 8 * 4) {}
+  VPTQ_DEVICE void load(const uint32_t* words, float (&w)[kColumns]) const {
+    const auto* d = reinterpret_cast<const uint16_t*>(words) + halves;
+    const uint32_t four = lower.load(words) >> (first < 16 ? 0 : 4), five = kFive ? fifth.load(words) >> first : 0;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) w[i] = packed_weight<Type>(d, (four >> 8 * i & 15) | (five >> i & 1) << 4);
+  }
+};
+template <>
+struct DenseRow<DType::q4_0> : PackedRow<DType::q4_0> {
+  using PackedRow::PackedRow;
+};
+template <>
+struct DenseRow<DType::q4_1> : PackedRow<DType::q4_1> {
+  using PackedRow::PackedRow;
+};
+template <>
+struct DenseRow<DType::q5_0> : PackedRow<DType::q5_0> {
+  using PackedRow::PackedRow;
+};
+template <>
+struct DenseRow<DType::q5_1> : PackedRow<DType::q5_1> {
+  using PackedRow::PackedRow;
 };
 
 struct Matrix {
@@ -110,7 +154,8 @@ __global__ void __launch_bounds__(Block<kTokens>::kWarps* kWarp, 2)
                      float* __restrict__ y) {
   constexpr int kRows = Block<kTokens>::kRows, kWarps = Block<kTokens>::kWarps, kSegments = Block<kTokens>::kSegments;
   constexpr int kColumns = Row::kColumns, kStep = kWarp * kColumns;
-  constexpr int kSteps = kWarpSegmentBytes / kRows / Row::kStepBytes;
+  constexpr int kSteps = kWarpSegmentBytes / kRows / Row::kStepBytes / 2 * 2;
+  static_assert(kSteps * Row::kStepBytes % 16 == 0);  // a row begins in each segment where it did in the first
   constexpr int kSegmentWords = kSteps * Row::kStepBytes / 16 + 2;  // 16 bytes; more where rows begin inside a word
   __shared__ uint4 shared[kWarps][kSegments][kRows][kSegmentWords];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -190,7 +235,8 @@ void run(const Matrix& w, const float* bias, const float* x, int n, float* y, St
 }
 
 template <class Row>
-void run(const DenseLayer& layer, int64_t row_bytes, const float* x, int n, float* y, Stream stream) {
+void run(const DenseLayer& layer, const float* x, int n, float* y, Stream stream) {
+  const auto row_bytes = static_cast<int64_t>(bytes_of(layer.type, layer.in_features));
   const Matrix w{layer.weight, row_bytes, layer.in_features, layer.out_features};
   for (int t = 0; t < n; t += kFewTokens) {
     const int tokens = n - t < kFewTokens ? n - t : kFewTokens;
@@ -202,13 +248,7 @@ void run(const DenseLayer& layer, int64_t row_bytes, const float* x, int n, floa
 }  // namespace
 
 void dense_few(const DenseLayer& w, const float* x, int n, float* y, Stream stream) {
-  const int64_t in = w.in_features;
-  switch (w.type) {
-    case DType::f16: return run<F16Row>(w, 2 * in, x, n, y, stream);
-    case DType::bf16: return run<Bf16Row>(w, 2 * in, x, n, y, stream);
-    case DType::q8_0: return run<Q8Row>(w, in / kQ8Block * kQ8BlockBytes, x, n, y, stream);
-    default: return run<F32Row>(w, 4 * in, x, n, y, stream);
-  }
+  with_matrix_type(w.type, [&]<DType Type>() { run<DenseRow<Type>>(w, x, n, y, stream); });
 }
 
 }  // namespace vptq::cuda

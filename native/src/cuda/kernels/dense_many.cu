@@ -1,12 +1,16 @@
 // A dense matrix times the activations of many tokens: its weights are rounded to f16 on the way.
 #include "cuda/kernels/gemm.cuh"
+#include "cuda/kernels/quantised.cuh"
 
 namespace vptq::cuda {
 namespace {
 
 // Two weights of a row, beginning at an even column: load() leaves them as they lie in memory, halves() makes f16 of
 // them. `both`: the second is inside the row.
-struct F32Pair {
+template <DType Type>
+struct DensePair;
+template <>
+struct DensePair<DType::f32> {
   float first, second;
   VPTQ_DEVICE void load(const std::byte* row, int column, bool both, bool) {
     const float* p = reinterpret_cast<const float*>(row) + column;
@@ -15,7 +19,8 @@ struct F32Pair {
   }
   VPTQ_DEVICE uint32_t halves() const { return floats_to_halves(first * kWeightFactor, second * kWeightFactor); }
 };
-struct F16Pair {
+template <>
+struct DensePair<DType::f16> {
   uint32_t pair;
   VPTQ_DEVICE void load(const std::byte* row, int column, bool both, bool aligned) {
     const uint16_t* p = reinterpret_cast<const uint16_t*>(row) + column;
@@ -26,13 +31,15 @@ struct F16Pair {
   }
   VPTQ_DEVICE uint32_t halves() const { return pair; }
 };
-struct Bf16Pair : F16Pair {
+template <>
+struct DensePair<DType::bf16> : DensePair<DType::f16> {
   VPTQ_DEVICE uint32_t halves() const {
     return floats_to_halves(float_from_bits(pair << 16) * kWeightFactor,
                             float_from_bits(pair & 0xffff0000u) * kWeightFactor);
   }
 };
-struct Q8Pair {
+template <>
+struct DensePair<DType::q8_0> {
   uint16_t scale, pair;
   VPTQ_DEVICE void load(const std::byte* row, int column, bool, bool) {
     const std::byte* block = row + int64_t{column} / kQ8Block * kQ8BlockBytes;
@@ -44,6 +51,23 @@ struct Q8Pair {
     return floats_to_halves(static_cast<int8_t>(pair & 0xff) * d, static_cast<int8_t>(pair >> 8) * d);
   }
 };
+template <DType Type>
+struct PackedPair {
+  float first, second;
+  VPTQ_DEVICE void load(const std::byte* row, int column, bool, bool) {
+    first = packed_weight<Type>(row, column);
+    second = packed_weight<Type>(row, column + 1);
+  }
+  VPTQ_DEVICE uint32_t halves() const { return floats_to_halves(first * kWeightFactor, second * kWeightFactor); }
+};
+template <>
+struct DensePair<DType::q4_0> : PackedPair<DType::q4_0> {};
+template <>
+struct DensePair<DType::q4_1> : PackedPair<DType::q4_1> {};
+template <>
+struct DensePair<DType::q5_0> : PackedPair<DType::q5_0> {};
+template <>
+struct DensePair<DType::q5_1> : PackedPair<DType::q5_1> {};
 
 struct DenseSource {
   const std::byte* weight;
@@ -120,13 +144,8 @@ void dense_many(const DenseLayer& w, const float* x, int n, float* y, void* work
                   .accumulate = false,
                   .finish = true,
                   .y = y};
-  const int64_t in = w.in_features;
-  switch (w.type) {
-    case DType::f16: return run<F16Pair>({w.weight, 2 * in, w.in_features}, p, stream);
-    case DType::bf16: return run<Bf16Pair>({w.weight, 2 * in, w.in_features}, p, stream);
-    case DType::q8_0: return run<Q8Pair>({w.weight, in / kQ8Block * kQ8BlockBytes, w.in_features}, p, stream);
-    default: return run<F32Pair>({w.weight, 4 * in, w.in_features}, p, stream);
-  }
+  const DenseSource source{w.weight, static_cast<int64_t>(bytes_of(w.type, w.in_features)), w.in_features};
+  with_matrix_type(w.type, [&]<DType Type>() { run<DensePair<Type>>(source, p, stream); });
 }
 
 }  // namespace vptq::cuda

@@ -1,5 +1,6 @@
 #include "cuda/device.cuh"
 #include "cuda/kernels.h"
+#include "cuda/kernels/quantised.cuh"
 #include "cuda/launch.cuh"
 
 namespace vptq::cuda {
@@ -7,23 +8,25 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Element i of a row of a table (rows, d).
-VPTQ_DEVICE float element(const std::byte* table, DType type, int64_t row, int d, int i) {
-  if (type == DType::q8_0) {
-    const std::byte* block = table + (row * ((d + kQ8Block - 1) / kQ8Block) + i / kQ8Block) * kQ8BlockBytes;
+// Element i of a row.
+template <DType Type>
+VPTQ_DEVICE float element(const std::byte* row, int i) {
+  if constexpr (Type == DType::f32) return reinterpret_cast<const float*>(row)[i];
+  if constexpr (Type == DType::f16) return half_to_float(reinterpret_cast<const uint16_t*>(row)[i]);
+  if constexpr (Type == DType::bf16) return bf16_to_float(reinterpret_cast<const uint16_t*>(row)[i]);
+  if constexpr (Type == DType::q8_0) {
+    const std::byte* block = row + int64_t{i} / kQ8Block * kQ8BlockBytes;
     const float scale = half_to_float(*reinterpret_cast<const uint16_t*>(block));
     return scale * float(reinterpret_cast<const int8_t*>(block + 2)[i % kQ8Block]);
   }
-  const int64_t at = row * d + i;
-  if (type == DType::f32) return reinterpret_cast<const float*>(table)[at];
-  const uint16_t bits = reinterpret_cast<const uint16_t*>(table)[at];
-  return type == DType::f16 ? half_to_float(bits) : bf16_to_float(bits);
+  if constexpr (layout_of(Type).bits == 4 || layout_of(Type).bits == 5) return packed_weight<Type>(row, i);
 }
 
+template <DType Type>
 __global__ void __launch_bounds__(kThreads)
-    embed_kernel(const int32_t* tokens, const std::byte* table, DType type, int d, float* x) {
+    embed_kernel(const int32_t* tokens, const std::byte* table, int64_t row_bytes, int d, float* x) {
   const int t = blockIdx.y, i = int(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < d) x[int64_t{t} * d + i] = element(table, type, tokens[t], d, i);
+  if (i < d) x[int64_t{t} * d + i] = element<Type>(table + tokens[t] * row_bytes, i);
 }
 
 }  // namespace
@@ -31,7 +34,10 @@ __global__ void __launch_bounds__(kThreads)
 void embed(const DeviceBatch& batch, const Tensor& table, int d, float* x, Stream stream) {
   if (batch.n == 0) return;
   const Shape shape{dim3((d + kThreads - 1) / kThreads, batch.n), dim3(kThreads)};
-  launch(embed_kernel, shape, stream, batch.tokens, table.data, table.type, d, x);
+  const auto row_bytes = static_cast<int64_t>(bytes_of(table.type, d));
+  with_matrix_type(table.type, [&]<DType Type>() {
+    launch(embed_kernel<Type>, shape, stream, batch.tokens, table.data, row_bytes, d, x);
+  });
 }
 
 }  // namespace vptq::cuda

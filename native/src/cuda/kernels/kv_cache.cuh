@@ -8,7 +8,7 @@
 
 #include "cuda/device.cuh"
 #include "cuda/kernels.h"
-#include "cuda/kernels/q8.cuh"
+#include "cuda/kernels/quantised.cuh"
 
 namespace vptq::cuda {
 

@@ -1,0 +1,1 @@
+"""What each matrix of a model is quantised to: by hand, or for a size."""
