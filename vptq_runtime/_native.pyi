@@ -32,7 +32,8 @@ class Model:
     def linear_names(self) -> list[str]:
         """Base names of all linear layers, `blk.0.attn_q` ... `output`."""
     def dequantize(self, name: str) -> NDArray[np.float32]:
-        """The weight (out_features, in_features) of one linear layer, bit-exact, by the slow obvious way."""
+        """The weight (out_features, in_features) of one linear layer or `token_embd`, bit-exact, by the slow
+        obvious way."""
 
 class Sampler:
     """Logits to token for one sequence.
@@ -283,7 +284,10 @@ class Operations:
         n_prompt: int = 0,
     ) -> list[Array]:
         """Three layers on the same x, in one loop; n_prompt as linear() has it."""
-    def embed(self, table: RawTensor, tokens: Sequence[int]) -> Array: ...
+    def embed(
+        self, tensors: dict[str, RawTensor], in_features: int, out_features: int, tokens: Sequence[int]
+    ) -> Array:
+        """Rows of the layer's weight: (tokens, in_features)."""
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array: ...
     def swiglu(self, gate: Array, up: Array) -> Array: ...
     def top_logits(

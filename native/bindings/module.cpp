@@ -114,6 +114,7 @@ std::vector<std::string> linear_names(const Model& model) {
 }
 
 LogitsOut dequantize(const Model& model, const std::string& name) {
+  if (name == model.token_embd().name) return vptq::bindings::dequantized(model.token_embd());
   for (const vptq::LinearWeights* layer : model.linear_layers())
     if (layer->name == name) return vptq::bindings::dequantized(*layer);
   throw vptq::OptionError(model.file().path() + ": no linear layer '" + name + "'");

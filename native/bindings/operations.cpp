@@ -165,12 +165,13 @@ class Operations {
     return {arrays_.read(ya, n, out[0]), arrays_.read(yb, n, out[1]), arrays_.read(yc, n, out[2])};
   }
 
-  Array2 embed(const RawTensor& table, const std::vector<int32_t>& tokens) {
-    const Tensor t = to_tensor("table", kept({{"table", table}}).at("table"));
-    const Tensor there = backend_->table(t);
-    float* x = arrays_.make(tokens.size() * t.shape[1]);
-    step(batch_of(tokens), [&](const Batch& batch) { backend_->embed(batch, there, x); });
-    return arrays_.read(x, tokens.size(), t.shape[1]);
+  Array2 embed(const RawTensors& tensors, int in_features, int out_features, const std::vector<int32_t>& tokens) {
+    const Layer layer(kept(tensors), in_features, out_features);
+    for (const int32_t token : tokens) expect(token >= 0 && token < out_features, "expected tokens below out_features");
+    const auto table = backend_->table(layer.weights());
+    float* x = arrays_.make(tokens.size() * in_features);
+    step(batch_of(tokens), [&](const Batch& batch) { backend_->embed(batch, *table, x); });
+    return arrays_.read(x, tokens.size(), in_features);
   }
 
   Array2 rms_norm(const In& x, const In& weight, float eps) {
@@ -325,7 +326,8 @@ void bind_operations(nb::module_& m) {
            nb::arg("repetitions"), nb::arg("n_prompt") = 0)
       .def("linears", &Operations::linears, nb::arg("tensors"), nb::arg("out_features"), nb::arg("x"),
            nb::arg("n_prompt") = 0)
-      .def("embed", &Operations::embed, nb::arg("table"), nb::arg("tokens"))
+      .def("embed", &Operations::embed, nb::arg("tensors"), nb::arg("in_features"), nb::arg("out_features"),
+           nb::arg("tokens"))
       .def("rms_norm", &Operations::rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"))
       .def("swiglu", &Operations::swiglu, nb::arg("gate"), nb::arg("up"))
       .def("top_logits", &Operations::top_logits, nb::arg("logits"), nb::arg("n_largest"), nb::arg("tokens"))

@@ -117,8 +117,8 @@ class Backend {
   // Weights made ready for the operations below. The model outlives the backend: a backend may use them in place.
   // rounded: to be applied to prompts in 16-bit numbers, where these weights allow it.
   virtual std::unique_ptr<Linear> linear(const LinearWeights& weights, bool rounded) = 0;
-  virtual Tensor table(const Tensor& weights) = 0;         // (rows, features), for embed
-  virtual const float* vector(const Tensor& weights) = 0;  // as float32
+  virtual std::unique_ptr<Linear> table(const LinearWeights& weights) = 0;  // without a bias, for embed alone
+  virtual const float* vector(const Tensor& weights) = 0;                   // as float32
   virtual const float* vector(const std::vector<float>& values) = 0;
 
   // Runs a step: operations(out) asks for the operations below, on `batch` and at the end on `outputs`, the tokens of
@@ -130,8 +130,8 @@ class Backend {
   // The most that TopLogits::n_largest can be; 0: it is not to be asked for, all logits are at hand.
   virtual int max_top_logits() const { return 0; }
 
-  // x[t] = table[tokens[t]]
-  virtual void embed(const Batch& batch, const Tensor& table, float* x) = 0;
+  // x[t] = W[tokens[t]], the rows of a table()'s weight
+  virtual void embed(const Batch& batch, const Linear& table, float* x) = 0;
   // out = x / sqrt(mean(x^2) + eps) * weight, over rows of d
   virtual void rms_norm(const float* x, int n, int d, const float* weight, float eps, float* out) = 0;
   // All of these layers on the same x (n, in_features), whose first n_prompt tokens are parts of prompts.

@@ -12,6 +12,7 @@ from feeding import all_logits
 from gguf import GGUFValueType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layer_tensors import Raw, raw, vptq_layer
 from tiny_gguf import KEYS, N_VOCAB, tensors, write
 
 from vptq_runtime import _native
@@ -202,6 +203,17 @@ def test_unknown_architecture(tmp_path: Path) -> None:
 BAD_WEIGHTS: dict[str, tuple[str, np.ndarray | None, str]] = {
     "no norm": ("blk.0.ffn_norm.weight", None, "'blk.0.ffn_norm.weight': missing"),
     "no layer": ("blk.0.attn_k.weight", None, "'blk.0.attn_k': has neither .weight nor .vptq_indices"),
+    "no embedding": ("token_embd.weight", None, "'token_embd': has neither .weight nor .vptq_indices"),
+    "embedding twice": (
+        "token_embd.vptq_indices",
+        np.ones((1, 8, 6), np.int32),
+        "'token_embd': has both .weight and .vptq_indices, expected one of them",
+    ),
+    "embedding's bias": (
+        "token_embd.bias",
+        np.ones(40, np.float16),
+        "'token_embd.bias': found one, expected an embedding without",
+    ),
     "norm": ("output_norm.weight", np.ones(31, np.float32), "shape (31,), expected (32,)"),
     "integers": (
         "blk.0.attn_q.weight",
@@ -224,6 +236,39 @@ def test_bad_weights(tmp_path: Path, name: str) -> None:
     which, value, message = BAD_WEIGHTS[name]
     arrays = {k: v for k, v in (tensors() | {which: value}).items() if v is not None}
     assert message in error_of(write(tmp_path / "bad.gguf", KEYS, arrays))
+
+
+EMBEDDING = dict(v=3, k=11, r=5, g=2, group_size=14, n0=4, v0=7, k0=9)  # of 40 tokens: 14 and 6 vectors
+BAD_EMBEDDINGS: dict[str, tuple[dict[str, Raw | None], str]] = {
+    "index": ({"vptq_indices": raw(np.full((2, 14, 4), -1), "i32")}, "index 15 in row 0, column 0, expected"),
+    "outlier": ({"vptq_outlier_indices": raw(np.full((6, 4), 9), "i16")}, "index 9 in row 0, column 0"),
+    "rows": ({"vptq_indices": raw(np.zeros((2, 13, 4)), "i32")}, "(2, 13, 4), expected (2, 14, 4)"),
+    "columns": ({"vptq_perm": raw(np.arange(31), "i16")}, "shape (31,), expected (32,)"),
+    "twice": ({"vptq_perm": raw(np.zeros(32), "i16")}, "not a permutation: 0 stands twice"),
+    "out_scale": (
+        {"vptq_scale": None, "vptq_shift": None, "vptq_out_scale": raw(np.ones(32), "f16")},
+        "'token_embd.vptq_out_scale': shape (32,), expected (40,)",
+    ),
+    "NaN": ({"vptq_res_centroids": raw(np.full((2, 5, 3), np.nan), "f16")}, "holds NaN or infinity"),
+    "no centroids": ({"vptq_centroids": None}, "'token_embd.vptq_centroids': missing"),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", [None, *BAD_EMBEDDINGS])
+def test_bad_vptq_embedding(tmp_path: Path, name: str | None, tied: bool) -> None:
+    changes, message = BAD_EMBEDDINGS[name] if name else ({}, "")
+    layer, _ = vptq_layer(np.random.default_rng(0), out=40, **EMBEDDING)
+    arrays: dict[str, np.ndarray | Raw] = {**tensors()}
+    embedding = arrays.pop("token_embd.weight")
+    if not tied:
+        arrays["output.weight"] = embedding
+    arrays |= {f"token_embd.{key}": t for key, t in (layer | changes).items() if t is not None}
+    path = write(tmp_path / "model.gguf", KEYS, arrays)
+    if name:
+        assert message in error_of(path)
+    else:  # all the others differ from this one
+        assert _native.Model(str(path)).dequantize("token_embd").shape == (40, 32)
 
 
 def test_weights_that_are_not_finite_are_noticed_at_the_logits(tmp_path: Path) -> None:

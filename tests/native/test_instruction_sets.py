@@ -15,7 +15,7 @@ ALL_16_BITS = np.arange(1 << 16).astype(np.uint16)
 def embed(isa: str, dtype: str, data: NDArray[np.generic], n: int) -> NDArray[np.float32]:
     rows = data.size // (n // 32 * data.shape[1] if dtype in QUANTISED else n)
     table = (DTYPES[dtype], [rows, n], data.tobytes())
-    return _native.Operations(isa, 1).embed(table, range(rows))
+    return _native.Operations(isa, 1).embed({"weight": table}, n, rows, range(rows))
 
 
 @pytest.mark.parametrize("n", [64, 16, 8, 1])

@@ -1,8 +1,10 @@
 """The other operations of the CPU backend, each against its slow, obvious twin in float64, over odd sizes."""
 
+from typing import Any
+
 import numpy as np
 import pytest
-from layer_tensors import MATRIX_TYPES, raw
+from layer_tensors import MATRIX_TYPES, raw, vptq_layer
 from relative_error import relative_l2
 
 from vptq_runtime import _native
@@ -12,9 +14,31 @@ from vptq_runtime.errors import OptionError
 @pytest.mark.parametrize("dtype", MATRIX_TYPES)
 def test_embed(operations: _native.Operations, dtype: str) -> None:
     table = np.random.default_rng(1).normal(size=(9, 96)).astype(np.float32)
-    tensor = raw(table, dtype)
-    rows = _native.Operations.dequantize({"weight": tensor}, 96, 9)
-    assert np.array_equal(operations.embed(tensor, [3, 0, 8, 3]), rows[[3, 0, 8, 3]])
+    tensors = {"weight": raw(table, dtype)}
+    rows = _native.Operations.dequantize(tensors, 96, 9)
+    assert np.array_equal(operations.embed(tensors, 96, 9, [3, 0, 8, 3]), rows[[3, 0, 8, 3]])
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        dict(out=7, v=2, k=16, group_size=33),
+        dict(out=10, v=3, k=5, group_size=77, dtype="f32"),
+        dict(out=23, v=5, k=7, r=3, group_size=91, dtype="bf16", norm_dim=1),
+        dict(out=9, v=8, k=2, group_size=31, perm=False, norm_dim=None),
+        dict(out=65, v=8, k=65536, r=256, group_size=70),
+        dict(out=31, v=16, k=65536, r=65536, group_size=64, norm_dim=1),
+        dict(out=50, v=12, k=4096, r=4096, g=4, group_size=19, n0=5, k0=8192),
+        dict(out=24, v=4, k=16, r=8, g=16, group_size=7, n0=2, v0=3),
+        dict(out=1, v=64, k=9, group_size=1, g=3),
+        dict(out=300, v=1, k=4, group_size=600),
+    ],
+)
+def test_embed_of_a_vptq_layer(operations: _native.Operations, layer: dict[str, Any]) -> None:
+    tensors, n_in = vptq_layer(np.random.default_rng(1), **layer)
+    tokens = [layer["out"] - 1, 0, *range(layer["out"])]
+    rows = _native.Operations.dequantize(tensors, n_in, layer["out"])
+    assert np.array_equal(operations.embed(tensors, n_in, layer["out"], tokens), rows[tokens])
 
 
 @pytest.mark.parametrize("d", [1, 15, 16, 100, 4096])

@@ -107,12 +107,13 @@ class Model {
 
   const GgufFile& file() const { return file_; }
   const Hyperparameters& hyperparameters() const { return hyperparameters_; }
-  const Tensor& token_embd() const { return token_embd_; }    // (n_vocab, n_embd)
-  const Tensor& output_norm() const { return output_norm_; }  // (n_embd)
-  const LinearWeights& output() const { return output_; }     // n_embd -> n_vocab; the embedding where tied
-  bool tied() const { return tied_; }                         // the output's weight is the embedding
+  const LinearWeights& token_embd() const { return token_embd_; }  // n_embd -> n_vocab: row t is token t's
+  const Tensor& output_norm() const { return output_norm_; }       // (n_embd)
+  const LinearWeights& output() const { return output_; }          // n_embd -> n_vocab; the embedding where tied
+  bool tied() const { return tied_; }                              // the output's weight is the embedding
   const std::vector<LayerWeights>& layers() const { return layers_; }
   size_t layer_bytes(int layer) const;  // of the layer's tensors
+  size_t embedding_bytes() const;       // of the embedding's
   size_t output_bytes() const;          // of the output's and its norm's
 
   // All linear layers in file order: blk.0.attn_q ... output.
@@ -123,8 +124,8 @@ class Model {
 
   GgufFile file_;
   Hyperparameters hyperparameters_;
-  Tensor token_embd_, output_norm_;
-  LinearWeights output_;
+  Tensor output_norm_;
+  LinearWeights token_embd_, output_;
   bool tied_ = false;
   std::vector<LayerWeights> layers_;
 };

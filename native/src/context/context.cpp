@@ -19,7 +19,7 @@ constexpr size_t kKeptRows = 64;         // of logits, whose memory is kept for 
 
 // Bytes of the weights of these layers in the file.
 size_t bytes_of(const Model& model, LayerRange layers) {
-  size_t bytes = layers.begin == 0 ? model.token_embd().bytes : 0;
+  size_t bytes = layers.begin == 0 ? model.embedding_bytes() : 0;
   for (int i = layers.begin; i < layers.end; ++i) bytes += model.layer_bytes(i);
   if (layers.end == model.hyperparameters().n_layer) bytes += model.output_bytes();
   return bytes;

@@ -77,7 +77,7 @@ class Gpus {
       out.layers.push_back(double(model_.layer_bytes(i)) + kv_bytes());
       for (const LinearWeights* w : model_.layers()[i].linear_layers()) out.layers.back() += extra(*w);
     }
-    out.embedding = double(model_.token_embd().bytes);
+    out.embedding = double(model_.embedding_bytes());
     out.output = double(model_.output_bytes()) + extra(model_.output());
     if (model_.tied()) out.shared = out.embedding;
     return out;

@@ -16,7 +16,7 @@ Transformer::Transformer(const Model& model, LayerRange layers, Backend& backend
     : p_(model.hyperparameters()),
       range_(layers),
       backend_(backend),
-      token_embd_(first() ? backend.table(model.token_embd()) : Tensor()),
+      token_embd_(first() ? backend.table(model.token_embd()) : nullptr),
       output_norm_(last() ? backend.vector(model.output_norm()) : nullptr),
       output_(last() ? backend.linear(model.output(), false) : nullptr),
       inv_freq_(backend.vector(p_.inv_freq)) {
@@ -74,7 +74,7 @@ void Transformer::forward(const Batch& batch, const KvLayout& layout, LayerRange
 void Transformer::run(const Batch& all, const KvLayout& layout, LayerRange layers, float* x, float* logits) {
   Backend& b = backend_;
   float *h = h_, *q = q_, *attn = attn_;
-  if (layers.begin == 0) b.embed(all, token_embd_, x);
+  if (layers.begin == 0) b.embed(all, *token_embd_, x);
   for (int i = layers.begin; i < layers.end; ++i) {
     const int own = i - range_.begin;
     const Layer& layer = layers_[own];

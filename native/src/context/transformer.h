@@ -45,8 +45,8 @@ class Transformer {
   const Hyperparameters& p_;
   LayerRange range_;
   Backend& backend_;
-  Tensor token_embd_;         // (n_vocab, n_embd), if first()
-  const float* output_norm_;  // (n_embd), if last(), and so is output_
+  std::unique_ptr<Linear> token_embd_;  // (n_vocab, n_embd), if first()
+  const float* output_norm_;            // (n_embd), if last(), and so is output_
   std::unique_ptr<Linear> output_;
   const float* inv_freq_;  // (head_dim / 2)
   std::vector<Layer> layers_;

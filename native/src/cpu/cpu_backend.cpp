@@ -74,9 +74,11 @@ std::unique_ptr<Linear> CpuBackend::linear(const LinearWeights& w, bool rounded)
                     w.weights);
 }
 
-void CpuBackend::embed(const Batch& batch, const Tensor& table, float* x) {
-  const int d = static_cast<int>(table.shape[1]);
-  for (int t = 0; t < batch.n(); ++t) kernels_.row(table, batch.tokens[t], d, x + size_t(t) * d);
+void CpuBackend::embed(const Batch& batch, const Linear& table, float* x) {
+  const auto& layer = static_cast<const CpuLinear&>(table);
+  threads_.parallel_for(batch.n(), layer.row_work(), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) layer.row(batch.tokens[t], x + t * layer.in_features);
+  });
 }
 
 void CpuBackend::rms_norm(const float* x, int n, int d, const float* weight, float eps, float* out) {

@@ -29,7 +29,7 @@ class CpuBackend : public Backend {
   void read(const std::byte* from, void* host, size_t bytes) override { std::memcpy(host, from, bytes); }
 
   std::unique_ptr<Linear> linear(const LinearWeights& weights, bool rounded) override;
-  Tensor table(const Tensor& weights) override { return weights; }
+  std::unique_ptr<Linear> table(const LinearWeights& weights) override { return linear(weights, false); }
   const float* vector(const Tensor& weights) override;
   const float* vector(const std::vector<float>& values) override;
 
@@ -37,7 +37,7 @@ class CpuBackend : public Backend {
                const std::function<void(float*)>& operations) override {
     operations(logits.data());
   }
-  void embed(const Batch& batch, const Tensor& table, float* x) override;
+  void embed(const Batch& batch, const Linear& table, float* x) override;
   void rms_norm(const float* x, int n, int d, const float* weight, float eps, float* out) override;
   void apply(std::initializer_list<Projection> projections, const float* x, int n, int n_prompt) override;
   void rope(const Batch& batch, int n_head, int head_dim, const float* inv_freq, float* x) override;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "model/indices.h"
+
 namespace vptq::cpu {
 namespace {
 
@@ -75,6 +77,30 @@ void VptqLinear::rows(const Activations& x, const float* prepared, int begin, in
     words += kernels_.i16_size(c);
   }
   finish(prepared + first_offset(x.n), x.n, begin, end, y);
+}
+
+// Few rows are ever asked for at a time, so this is plain C++ for all instruction sets.
+void VptqLinear::row(int o, float* out) const {
+  for (const VqColumns& c : columns_) {
+    const size_t element = bytes_of(c.type, 1), lane = o % c.v;
+    for (int q = 0; q < c.n_groups; ++q) {
+      const std::byte* indices = c.indices + (int64_t{q} * c.n_blocks + o / c.v) * c.row_bytes;
+      for (int j = 0; j < c.group_size; ++j) {
+        const uint32_t value = packed_value(indices, c.row_bytes, j, c.index_bits + c.res_bits);
+        const auto number = [&](const std::byte* codebook, int size, uint32_t index) {
+          float w;
+          to_float(c.type, codebook + ((size_t(q) * size + index) * c.v + lane) * element, 1, &w);
+          return w;
+        };
+        float w = number(c.centroids, c.k, value & low_bits(c.index_bits));
+        if (c.r) w += number(c.res_centroids, c.r, value >> c.index_bits);
+        const int column = c.first_column + q * c.group_size + j, i = perm_ ? perm_[column] : column;
+        if (norms_.scale) w = w * norms_.scale[i] + norms_.shift[i];
+        if (norms_.out_scale) w = w * norms_.out_scale[o] + norms_.out_shift[o];
+        out[i] = w;
+      }
+    }
+  }
 }
 
 void VptqLinear::finish(const float* offsets, int n, int begin, int end, float* y) const {

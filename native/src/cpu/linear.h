@@ -30,6 +30,9 @@ class CpuLinear : public Linear {
   virtual void prepare(const Activations& x, int t, float* prepared) const = 0;
   // y[t][o] = sum_i W[o, i] x[t][i] + bias[o] for all tokens and the outputs o in [begin, end)
   virtual void rows(const Activations& x, const float* prepared, int begin, int end, float* y) const = 0;
+  // out[i] = W[o, i], (in_features); and what that costs, in multiply-adds
+  virtual void row(int o, float* out) const = 0;
+  virtual int64_t row_work() const = 0;
 
  protected:
   const Kernels& kernels_;
@@ -43,6 +46,8 @@ class DenseLinear : public CpuLinear {
   int64_t prepared_size(const Activations&) const override { return 0; }
   void prepare(const Activations&, int, float*) const override {}
   void rows(const Activations& x, const float* prepared, int begin, int end, float* y) const override;
+  void row(int o, float* out) const override { kernels_.row(weight_, o, in_features, out); }
+  int64_t row_work() const override { return in_features; }
 
  private:
   Tensor weight_;
@@ -64,6 +69,8 @@ class VptqLinear : public CpuLinear {
   int64_t prepared_size(const Activations& x) const override;
   void prepare(const Activations& x, int t, float* prepared) const override;
   void rows(const Activations& x, const float* prepared, int begin, int end, float* y) const override;
+  void row(int o, float* out) const override;
+  int64_t row_work() const override { return 16 * int64_t{in_features}; }
 
  private:
   bool gathers() const { return perm_ || norms_.scale; }

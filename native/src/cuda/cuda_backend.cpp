@@ -146,13 +146,6 @@ void CudaBackend::read(const std::byte* from, void* host, size_t bytes) {
   check(cudaStreamSynchronize(stream_), "reading from the GPU");
 }
 
-Tensor CudaBackend::table(const Tensor& weights) {
-  const CurrentDevice current(device_);
-  Tensor out = weights;
-  out.data = memory_->upload(weights.data, weights.bytes, "tensor '" + weights.name + "'");
-  return out;
-}
-
 const float* CudaBackend::vector(const Tensor& weights) {
   std::vector<float> values(weights.bytes / bytes_of(weights.type, 1));
   to_float(weights.type, weights.data, values.size(), values.data());
@@ -169,21 +162,28 @@ size_t CudaBackend::extra_memory(const LinearWeights& w) const { return slices_ 
 
 std::unique_ptr<Linear> CudaBackend::linear(const LinearWeights& w, bool rounded) {
   const CurrentDevice current(device_);
+  auto out = uploaded(w);
+  out->rounded = rounded && fits_f16(w);
+  if (const auto* vptq = std::get_if<VptqWeights>(&w.weights)) out->sliced = sliced(w, *vptq);
+  return out;
+}
+
+std::unique_ptr<Linear> CudaBackend::table(const LinearWeights& w) {
+  const CurrentDevice current(device_);
+  return uploaded(w);
+}
+
+std::unique_ptr<CudaLinear> CudaBackend::uploaded(const LinearWeights& w) {
   auto out = std::make_unique<CudaLinear>();
   out->in_features = w.in_features;
   out->out_features = w.out_features;
-  out->rounded = rounded && fits_f16(w);
-  std::visit(Overloaded{[&](const DenseWeights& dense) { out->layer = upload(w, dense); },
-                        [&](const VptqWeights& vptq) {
-                          out->layer = upload(w, vptq);
-                          out->sliced = sliced(w, vptq);
-                        }},
-             w.weights);
+  std::visit([&](const auto& weights) { out->layer = upload(w, weights); }, w.weights);
   return out;
 }
 
 DenseLayer CudaBackend::upload(const LinearWeights& w, const DenseWeights& dense) {
-  return {w.in_features, w.out_features, dense.weight.type, table(dense.weight).data,
+  const Tensor& t = dense.weight;
+  return {w.in_features, w.out_features, t.type, memory_->upload(t.data, t.bytes, "tensor '" + t.name + "'"),
           w.bias ? vector(*w.bias) : nullptr};
 }
 
@@ -285,8 +285,9 @@ void CudaBackend::forget_steps() {
   steps_.clear();
 }
 
-void CudaBackend::embed(const Batch& batch, const Tensor& table, float* x) {
-  cuda::embed((*batches_)[batch], table, static_cast<int>(table.shape[1]), x, stream_);
+void CudaBackend::embed(const Batch& batch, const Linear& table, float* x) {
+  std::visit([&](const auto& layer) { cuda::embed((*batches_)[batch], layer, x, stream_); },
+             static_cast<const CudaLinear&>(table).layer);
 }
 
 void CudaBackend::rms_norm(const float* x, int n, int d, const float* weight, float eps, float* out) {

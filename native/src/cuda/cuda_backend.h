@@ -48,14 +48,14 @@ class CudaBackend : public Backend {
   size_t extra_memory(const LinearWeights& w) const override;
   void allow_extra_memory(size_t bytes) override { extra_left_ = bytes; }
   std::unique_ptr<Linear> linear(const LinearWeights& w, bool rounded) override;
-  Tensor table(const Tensor& weights) override;
+  std::unique_ptr<Linear> table(const LinearWeights& w) override;
   const float* vector(const Tensor& weights) override;
   const float* vector(const std::vector<float>& values) override;
 
   void forward(const Batch& batch, const Batch& outputs, std::span<float> logits, TopLogits* top, bool whole,
                const std::function<void(float*)>& operations) override;
   int max_top_logits() const override { return 512; }
-  void embed(const Batch& batch, const Tensor& table, float* x) override;
+  void embed(const Batch& batch, const Linear& table, float* x) override;
   void rms_norm(const float* x, int n, int d, const float* weight, float eps, float* out) override;
   void apply(std::initializer_list<Projection> projections, const float* x, int n, int n_prompt) override;
   void rope(const Batch& batch, int n_head, int head_dim, const float* inv_freq, float* x) override;
@@ -77,6 +77,7 @@ class CudaBackend : public Backend {
     cudaGraphExec_t graph = nullptr;
   };
 
+  std::unique_ptr<CudaLinear> uploaded(const LinearWeights& w);
   DenseLayer upload(const LinearWeights& w, const DenseWeights& dense);
   VqLayer upload(const LinearWeights& w, const VptqWeights& vptq);
   std::unique_ptr<SlicedLayer> sliced(const LinearWeights& w, const VptqWeights& vptq);

@@ -38,8 +38,6 @@ struct DeviceBatch {
   int n, n_prompt, n_outputs;
 };
 
-// x[t] = table[tokens[t]]; table (rows, d): of a matrix type, in device memory
-void embed(const DeviceBatch& batch, const Tensor& table, int d, float* x, Stream stream);
 // out = x / sqrt(mean(x^2) + eps) * weight, over rows of d
 void rms_norm(const float* x, int n, int d, const float* weight, float eps, float* out, Stream stream);
 void rope(const DeviceBatch& batch, int n_head, int head_dim, const float* inv_freq, float* x, Stream stream);
@@ -84,6 +82,10 @@ struct VqLayer {
   const float *out_scale, *out_shift;  // (out_features) or nullptr
   const float* bias;                   // (out_features) or nullptr
 };
+
+// x[t] = W[tokens[t]], (n, in_features)
+void embed(const DeviceBatch& batch, const DenseLayer& w, float* x, Stream stream);
+void embed(const DeviceBatch& batch, const VqLayer& w, float* x, Stream stream);
 
 // y (n, out_features) = W x + bias in float32, for tokens of any number; fast for up to kFewTokens.
 inline constexpr int kFewTokens = 8;

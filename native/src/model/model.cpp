@@ -133,15 +133,15 @@ Hyperparameters read_hyperparameters(const GgufFile& file) {
   return h;
 }
 
-Tensor need_tensor(const GgufFile& file, const std::string& name, const std::vector<int64_t>& shape, bool matrix) {
+Tensor need_norm(const GgufFile& file, const std::string& name, int n) {
   const Tensor* t = file.find(name);
   if (!t) throw FileError(file.path() + ": tensor '" + name + "': missing");
-  if (t->shape != shape)
+  if (t->shape != std::vector<int64_t>{n})
     throw FileError(file.path() + ": tensor '" + name + "': shape " + shape_text(t->shape) + ", expected " +
-                    shape_text(shape));
-  if (!(matrix ? is_matrix_type(t->type) : is_float(t->type)))
-    throw FileError(file.path() + ": tensor '" + name + "': type " + type_name(t->type) + ", expected " +
-                    (matrix ? kMatrixTypes : "F32, F16 or BF16"));
+                    shape_text({n}));
+  if (!is_float(t->type))
+    throw FileError(file.path() + ": tensor '" + name + "': type " + type_name(t->type) +
+                    ", expected F32, F16 or BF16");
   return *t;
 }
 
@@ -149,17 +149,17 @@ Tensor need_tensor(const GgufFile& file, const std::string& name, const std::vec
 
 Model::Model(const std::string& path) : file_(path), hyperparameters_(read_hyperparameters(file_)) {
   const Hyperparameters& h = hyperparameters_;
-  token_embd_ = need_tensor(file_, "token_embd.weight", {h.n_vocab, h.n_embd}, true);
-  output_norm_ = need_tensor(file_, "output_norm.weight", {h.n_embd}, false);
-
   const FindTensor find = [this](const std::string& name) { return file_.find(name); };
   const auto linear = [&](const std::string& name, int in, int out) { return read_linear(path, find, name, in, out); };
+  token_embd_ = linear("token_embd", h.n_embd, h.n_vocab);
+  if (token_embd_.bias) throw FileError(path + ": tensor 'token_embd.bias': found one, expected an embedding without");
+  output_norm_ = need_norm(file_, "output_norm.weight", h.n_embd);
   const int q_dim = h.n_head * h.head_dim, kv_dim = h.n_head_kv * h.head_dim;
   for (int i = 0; i < h.n_layer; ++i) {
     const std::string prefix = "blk." + std::to_string(i) + ".";
     layers_.push_back({
-        .attn_norm = need_tensor(file_, prefix + "attn_norm.weight", {h.n_embd}, false),
-        .ffn_norm = need_tensor(file_, prefix + "ffn_norm.weight", {h.n_embd}, false),
+        .attn_norm = need_norm(file_, prefix + "attn_norm.weight", h.n_embd),
+        .ffn_norm = need_norm(file_, prefix + "ffn_norm.weight", h.n_embd),
         .attn_q = linear(prefix + "attn_q", h.n_embd, q_dim),
         .attn_k = linear(prefix + "attn_k", h.n_embd, kv_dim),
         .attn_v = linear(prefix + "attn_v", h.n_embd, kv_dim),
@@ -170,14 +170,16 @@ Model::Model(const std::string& path) : file_(path), hyperparameters_(read_hyper
     });
   }
   tied_ = !has_linear(find, "output");
-  output_ = tied_ ? LinearWeights{"output", h.n_embd, h.n_vocab, nullptr, DenseWeights{token_embd_}}
-                  : linear("output", h.n_embd, h.n_vocab);
+  output_ = tied_ ? token_embd_ : linear("output", h.n_embd, h.n_vocab);
+  output_.name = "output";
 }
 
 size_t Model::layer_bytes(int layer) const { return bytes_of_tensors("blk." + std::to_string(layer) + "."); }
 
+size_t Model::embedding_bytes() const { return bytes_of_tensors("token_embd."); }
+
 size_t Model::output_bytes() const {
-  return output_norm_.bytes + (tied_ ? token_embd_.bytes : bytes_of_tensors("output."));
+  return output_norm_.bytes + (tied_ ? embedding_bytes() : bytes_of_tensors("output."));
 }
 
 size_t Model::bytes_of_tensors(const std::string& prefix) const {

@@ -106,20 +106,21 @@ class SelfCheck {
   const Hyperparameters& h_;
   int n_head_, n_head_kv_;  // the model's, unless a token's heads have more than kHeadElements
   // All weights there have been: backends know them by where they lie.
-  RandomTensors tensors_{compare_.random};
   std::deque<SmallLayer> layers_;
 };
 
 void SelfCheck::embed() {
-  const int d = at_most(h_.n_embd, kFeatures), n_rows = 9;
-  const size_t n = size_t(kTokens) * d;
-  const Tensor& table = *tensors_.make(scope_.model.token_embd().type, {n_rows, d}, -3);
+  const LinearWeights& like = scope_.model.token_embd();
+  const int n_rows = 9, columns = at_most(h_.n_embd, kFeatures);
+  const LinearWeights& w = layers_.emplace_back(like, n_rows, columns, compare_.random).weights();
+  const size_t n = size_t(kTokens) * w.in_features;
   Batch batch = batch_of(kTokens);
   for (int t = 0; t < kTokens; ++t) batch.tokens[t] = (7 * t + 3) % n_rows;
+  std::deque<std::unique_ptr<Linear>> tables;
   const Problem problem = [&](Side& s) -> Step {
     float* out = s.results(n);
-    return {out,
-            [=, &b = s.backend, there = s.backend.table(table)](const Batch& batch) { b.embed(batch, there, out); }};
+    const Linear& table = *tables.emplace_back(s.backend.table(w));
+    return {out, [out, &table, &b = s.backend](const Batch& batch) { b.embed(batch, table, out); }};
   };
   compare_.check("embed", kFloat32, problem, n, batch);
 }
