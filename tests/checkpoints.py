@@ -24,6 +24,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
+EMBEDDING = "model.embed_tokens"
 # Packs index rows: (main indices (g, B, group_size), residual ones or None, config) -> int32 words.
 Packer = Callable[[NDArray[np.int64], NDArray[np.int64] | None, LayerConfig], NDArray[np.int32]]
 
@@ -60,8 +61,8 @@ def write_checkpoint(
     """Writes a whole checkpoint into `directory` (made if it is not there) and returns that.
 
     `layers` is one configuration for every linear layer but lm_head, or one each by module path (no entry:
-    dense). Layers whose last path part is in `shared` are described in shared_layer_config, and in
-    config_for_layers where they differ from the first of that name.
+    dense), that of the embedding among them. Layers whose last path part is in `shared` are described in
+    shared_layer_config, and in config_for_layers where they differ from the first of that name.
     """
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
@@ -76,7 +77,11 @@ def write_checkpoint(
 
     d = architecture.hidden_size
     # Tied to the output, larger ones would have every token repeat itself.
-    dense("model.embed_tokens.weight", VOCAB_SIZE, d, std=0.25 if architecture.tied else 0.5)
+    of_embedding = 0.25 if architecture.tied else 0.5
+    if EMBEDDING in layers:
+        shapes |= {EMBEDDING: (VOCAB_SIZE, d)}
+    else:
+        dense(f"{EMBEDDING}.weight", VOCAB_SIZE, d, std=of_embedding)
     dense("model.norm.weight", d, std=0.2, mean=1.0)
     if not architecture.tied:
         shapes |= {"lm_head": (VOCAB_SIZE, d)}
@@ -87,6 +92,7 @@ def write_checkpoint(
         last = path.rpartition(".")[2]
         # Queries and keys large enough for attention that looks at some tokens more than at others.
         std = {"q_proj": 2.0, "k_proj": 2.0, "lm_head": 4.0}.get(last, 1.0) / in_features**0.5
+        std = of_embedding if path == EMBEDDING else std
         bias = last in architecture.biases
         if bias:
             dense(f"{path}.bias", out_features, std=0.3)

@@ -44,6 +44,7 @@ LINEARS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+EMBEDDING = "model.embed_tokens"  # (n_vocab, n_embd), dense or quantised as linear layers are
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 
 ARCHITECTURES = {
@@ -167,7 +168,7 @@ def read_model(checkpoint: Checkpoint) -> Model:
         name: has if isinstance(has, bool) else config.boolean(has, default=False)
         for name, has in architecture.biases.items()
     }
-    weights = [Weight("token_embd", finder.dense("model.embed_tokens", h.n_vocab, h.n_embd))]
+    weights = [Weight("token_embd", *finder.linear(EMBEDDING, h.n_vocab, h.n_embd, bias=False))]
     for n in range(h.n_layer):
         for name, gguf_name in NORMS.items():
             weights.append(Weight(f"blk.{n}.{gguf_name}", finder.dense(f"model.layers.{n}.{name}", h.n_embd)))
@@ -370,7 +371,7 @@ def _tied(checkpoint: Checkpoint, finder: _Finder) -> bool:
         or finder.entry("lm_head") is not None
     ):
         return False
-    if "lm_head.weight" in checkpoint.tensors:
+    if "lm_head.weight" in checkpoint.tensors and finder.entry(EMBEDDING) is None:
         embedding = checkpoint.tensor("model.embed_tokens.weight")
         output = checkpoint.tensor("lm_head.weight").expect((embedding.dtype,), embedding.shape)
         if not all(np.array_equal(a, b) for a, b in zip(output.chunks(), embedding.chunks(), strict=True)):

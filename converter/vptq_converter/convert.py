@@ -9,13 +9,15 @@ from pathlib import Path
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFValueType
 
 from vptq_converter.architectures import Key, Model, Weight, read_model
-from vptq_converter.checkpoint import Checkpoint, Tensor
+from vptq_converter.checkpoint import Checkpoint
 from vptq_converter.dense import (
     OPTION_TYPES,
     STORED_TYPES,
+    VQ,
     block_size,
     check_dense_type,
     copied,
+    decoded,
     made,
     matrix,
 )
@@ -63,7 +65,7 @@ def convert(
     target: the file to write; replaced once the new one is whole, left alone if anything goes wrong.
     dequantize: None for a VPTQ file (docs/file-format.md), or f16, bf16, q8_0 for a plain one for llama.cpp.
     embedding_type, output_type: auto (as in the checkpoint, or as dequantize says), f16, q8_0,
-        q5_1, q5_0, q4_1, q4_0.
+        q5_1, q5_0, q4_1, q4_0; vq: as in a checkpoint that has the matrix as a VPTQ layer.
     name: what the model is called in the file; None: as the checkpoint's directory or repository is.
 
     Raises FileError, UnsupportedError, OptionError (vptq_runtime.errors).
@@ -99,6 +101,7 @@ def convert(
         for name, value in (("token_embd", embedding_type), ("output", output_type))
         if value != "auto"
     }
+    _check_vq(model, types, dequantize)
     if dequantize is None:
         keys += vptq_keys(tokenizer.eos_token_ids)
         keys.append(("tokenizer.huggingface.json", tokenizer.json, GGUFValueType.STRING, None))
@@ -109,7 +112,7 @@ def convert(
     else:
         keys.append(("general.file_type", FILE_TYPES[dequantize], GGUFValueType.UINT32, None))
         keys.append(("general.quantization_version", GGML_QUANT_VERSION, GGUFValueType.UINT32, None))
-        model = _untie(model, types, OPTION_TYPES[dequantize])
+        model = _untie(model, types, dequantize)
         tensors, notes = plain_tensors(model, types | {"": dequantize})
     if model.hyperparameters.rope_freqs is not None:
         tensors.append(made("rope_freqs.weight", GGMLQuantizationType.F32, model.hyperparameters.rope_freqs))
@@ -120,12 +123,11 @@ def convert(
         )
     alignment = ALIGNMENT if dequantize is None else PLAIN_ALIGNMENT
     n_bytes = write_gguf(resolved, arch, keys, tensors, alignment)
-    n_linear = sum("_norm" not in weight.name for weight in model.weights[1:])
-    n_vptq = (
-        sum(isinstance(weight.weight, LayerTensors) for weight in model.weights) if dequantize is None else 0
-    )
+    linears = [weight for weight in model.weights[1:] if "_norm" not in weight.name]
+    kept = {weight.name for weight in linears if isinstance(weight.weight, LayerTensors)}
+    n_vptq = len(kept - {name for name, type in types.items() if type != VQ}) if dequantize is None else 0
     return Conversion(
-        Path(target), arch, n_bytes, n_vptq, n_linear - n_vptq, time.monotonic() - begin, tuple(notes)
+        Path(target), arch, n_bytes, n_vptq, len(linears) - n_vptq, time.monotonic() - begin, tuple(notes)
     )
 
 
@@ -140,23 +142,34 @@ def vptq_keys(eos_token_ids: list[int]) -> list[Key]:
     return keys
 
 
-def _stored_type(weight: Weight) -> GGMLQuantizationType:
-    assert isinstance(weight.weight, Tensor)
-    return STORED_TYPES[weight.weight.dtype]
+def _check_vq(model: Model, types: dict[str, str], dequantize: str | None) -> None:
+    """Refuses `vq` for a matrix that the checkpoint does not have as a VPTQ layer, and in a plain file."""
+    found = {weight.name: weight.weight for weight in (model.weights[0], model.weights[-1])}
+    for name, option in (("token_embd", "--embedding-type"), ("output", "--output-type")):
+        if types.get(name) != VQ:
+            continue
+        if dequantize is not None:
+            raise OptionError(f"{option} {VQ}: found --dequantize {dequantize} beside it, expected either")
+        if not isinstance(found.get(name, found["token_embd"]), LayerTensors):
+            raise OptionError(
+                f"{option} {VQ}: found a dense matrix in the checkpoint, expected a VPTQ layer in "
+                "quantization_config.config_for_layers"
+            )
 
 
-def _untie(model: Model, types: dict[str, str], auto: GGMLQuantizationType) -> Model:
+def _stored_type(weight: Weight) -> str:
+    """Of a matrix, in the words of the options; f32, which these lack, for one that has it."""
+    return VQ if isinstance(weight.weight, LayerTensors) else STORED_TYPES[weight.weight.dtype].name.lower()
+
+
+def _untie(model: Model, types: dict[str, str], auto: str) -> Model:
     """Where a tied output is asked for in another type than the embedding's, gives it a weight of its own.
 
     auto: the type that the embedding has if no option names one.
     """
     embedding = model.weights[0]
-    embedding_type = OPTION_TYPES[types["token_embd"]] if "token_embd" in types else auto
-    if (
-        model.weights[-1].name == "output"
-        or "output" not in types
-        or OPTION_TYPES[types["output"]] == embedding_type
-    ):
+    same = types.get("output") in (None, types.get("token_embd", auto))
+    if model.weights[-1].name == "output" or same:
         return model
     return Model(
         model.architecture, model.hyperparameters, [*model.weights, Weight("output", embedding.weight)]
@@ -164,20 +177,24 @@ def _untie(model: Model, types: dict[str, str], auto: GGMLQuantizationType) -> M
 
 
 def _weight_tensors(weight: Weight, type: str | None) -> list[OutputTensor]:
-    """The tensors of a VPTQ file that hold one weight; type: for a dense one, if not the checkpoint's."""
-    if isinstance(weight.weight, LayerTensors):
-        if type is not None:
-            raise OptionError(f"--output-type {type}: found a VPTQ output layer, expected a dense one")
-        tensors = _layer_tensors(weight.name, weight.weight)
+    """The tensors of a VPTQ file that hold one weight; type: if not the checkpoint's."""
+    source, name = weight.weight, f"{weight.name}.weight"
+    if type is None or type == VQ:
+        if isinstance(source, LayerTensors):
+            tensors = _layer_tensors(weight.name, source)
+        else:
+            tensors = [matrix(name, source, STORED_TYPES[source.dtype])]
     else:
-        shape = weight.weight.shape
-        ggml_type = OPTION_TYPES[type] if type is not None else STORED_TYPES[weight.weight.dtype]
-        if shape[-1] % block_size(ggml_type):
+        ggml_type, columns = OPTION_TYPES[type], source.shape[-1]
+        if columns % block_size(ggml_type):
             raise OptionError(
-                f"{weight.name}: {type} asked for, found rows of {shape[-1]}, expected a multiple of "
+                f"{weight.name}: {type} asked for, found rows of {columns}, expected a multiple of "
                 f"{block_size(ggml_type)}"
             )
-        tensors = [matrix(f"{weight.name}.weight", weight.weight, ggml_type)]
+        if isinstance(source, LayerTensors):
+            tensors = [decoded(name, source, ggml_type)]
+        else:
+            tensors = [matrix(name, source, ggml_type)]
     if weight.bias is not None:
         tensors.append(copied(f"{weight.name}.bias", weight.bias))
     return tensors

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from vptq_converter.checkpoint import Tensor
 from vptq_converter.gguf_writer import OutputTensor
+from vptq_converter.layer import LayerTensors
 from vptq_runtime.errors import OptionError
 
 CHUNK_ELEMENTS = 1 << 22  # weights that one step holds in float32: 16 MiB
@@ -30,7 +31,8 @@ OPTION_TYPES = {
     "q4_1": GGMLQuantizationType.Q4_1,
     "q4_0": GGMLQuantizationType.Q4_0,
 }
-DENSE_TYPES = ("auto", *(name for name in OPTION_TYPES if name != "bf16"))  # of embedding and output
+VQ = "vq"  # the model's own kind of layer, where the checkpoint has it
+DENSE_TYPES = ("auto", *(name for name in OPTION_TYPES if name != "bf16"), VQ)  # of embedding and output
 READ_ONLY = ("q6_k", "q5_k", "q4_k", "q3_k", "q2_k")  # types that the gguf library reads and can't write
 
 
@@ -84,6 +86,22 @@ def matrix(name: str, tensor: Tensor, type: GGMLQuantizationType) -> OutputTenso
         return values
 
     return OutputTensor(name, type, tensor.shape, lambda: encoded(name, type, tensor.shape, rows))
+
+
+def decoded(name: str, layer: LayerTensors, type: GGMLQuantizationType) -> OutputTensor:
+    """The matrix that a VPTQ layer stands for, in the given type."""
+
+    def chunks() -> Iterator[NDArray[Any]]:
+        linear = layer.load()
+
+        def rows(start: int, stop: int) -> NDArray[np.float32]:
+            values = linear.dequantize(start, stop)
+            layer.release()
+            return values
+
+        return encoded(name, type, layer.shape, rows)
+
+    return OutputTensor(name, type, layer.shape, chunks)
 
 
 def encoded(

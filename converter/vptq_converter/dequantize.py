@@ -42,7 +42,7 @@ def plain_tensors(model: Model, types: dict[str, str]) -> tuple[list[OutputTenso
         if isinstance(weight.weight, Tensor) and len(weight.weight.shape) == 1:
             tensors.append(vector_f32(name, weight.weight))
             continue
-        shape = _shape(weight)
+        shape = weight.weight.shape
         type_name = types.get(weight.name, types[""])
         type = OPTION_TYPES[type_name]
         if shape[1] % block_size(type):
@@ -58,19 +58,13 @@ def plain_tensors(model: Model, types: dict[str, str]) -> tuple[list[OutputTenso
         matrices = "1 matrix is" if len(weights) == 1 else f"{len(weights)} matrices are"
         notes.append(
             f"{matrices} f16, not {type_name}, which needs rows of a multiple of "
-            f"{block_size(OPTION_TYPES[type_name])} weights ({weights[0].name}: {_shape(weights[0])[1]})"
+            f"{block_size(OPTION_TYPES[type_name])} weights ({weights[0].name}: {weights[0].weight.shape[1]})"
         )
     return tensors, notes
 
 
-def _shape(weight: Weight) -> tuple[int, ...]:
-    if isinstance(weight.weight, Tensor):
-        return weight.weight.shape
-    return weight.weight.config.out_features, weight.weight.config.in_features
-
-
 def _chunks(weight: Weight, type: GGMLQuantizationType) -> Iterator[NDArray[Any]]:
-    shape = _shape(weight)
+    shape = weight.weight.shape
     head_dim = shape[0] // weight.n_heads_permuted if weight.n_heads_permuted else 1
     source = weight.weight
     layer = None if isinstance(source, Tensor) else source.load()

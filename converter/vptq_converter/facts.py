@@ -68,7 +68,7 @@ class Linear:
 
     @property
     def block(self) -> int | None:
-        """N of `blk.N.`; None for the output layer."""
+        """N of `blk.N.`; None for embedding and output."""
         match = BLOCK.match(self.name)
         return int(match[1]) if match else None
 
@@ -85,8 +85,8 @@ class Facts:
     path: Path
     file_bytes: int
     metadata: Mapping[str, Any]
-    linears: tuple[Linear, ...]
-    embedding_type: str | None
+    linears: tuple[Linear, ...]  # the embedding among them where it is a VPTQ layer
+    embedding_type: str | None  # VPTQ, or a dense one's; None: there is none
     n_parameters: int  # numbers that the model has, not that the file stores
     n_embedding_parameters: int
     tensor_bytes: int
@@ -126,16 +126,18 @@ def read_facts(path: Path) -> Facts:
     names = {linear.name for linear in linears}
     others = [tensor for name, tensor in tensors.items() if _owner(name) not in names]
     embeddings = [tensor for name, tensor in tensors.items() if _owner(name) in EMBEDDINGS]
-    output = [linear for linear in linears if linear.name == "output"]
+    outside = [linear for linear in linears if linear.name in EMBEDDINGS]
     token_embd = tensors.get("token_embd.weight")
     return Facts(
         path=path,
         file_bytes=len(reader.data),
         metadata=metadata,
         linears=linears,
-        embedding_type=token_embd.tensor_type.name if token_embd is not None else None,
+        embedding_type=token_embd.tensor_type.name
+        if token_embd is not None
+        else next((linear.type for linear in outside if linear.name == "token_embd"), None),
         n_parameters=in_linears + biases + sum(_n_elements(tensor) for tensor in others),
-        n_embedding_parameters=sum(linear.n_weights for linear in output)
+        n_embedding_parameters=sum(linear.n_weights for linear in outside)
         + (_n_elements(token_embd) if token_embd is not None else 0),
         tensor_bytes=sum(tensor.n_bytes for tensor in tensors.values()),
         embedding_bytes=sum(tensor.n_bytes for tensor in embeddings),
@@ -215,7 +217,7 @@ def _vptq_features(path: Path, metadata: Mapping[str, Any], name: str) -> tuple[
         return value
 
     n_embd = count("embedding_length")
-    if name == "output":
+    if name in EMBEDDINGS:
         return count("vocab_size"), n_embd
     match = re.fullmatch(r"blk\.\d+\.(attn_q|attn_k|attn_v|attn_output|ffn_gate|ffn_up|ffn_down)", name)
     if match is None:

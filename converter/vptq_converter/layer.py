@@ -211,6 +211,11 @@ class LayerTensors:
             shift=find("weight_bias", FLOAT_TYPES, n_norm) if c.norm_dim is not None else None,
         )
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight: (out_features, in_features)."""
+        return self.config.out_features, self.config.in_features
+
     def all(self) -> list[Tensor]:
         """Every tensor that the layer has."""
         return [value for value in vars(self).values() if isinstance(value, Tensor)]

@@ -171,8 +171,10 @@ def test_a_quantised_output_layer(tmp_path: Path) -> None:
     done = convert(checkpoint, tmp_path / "out.gguf")
     assert (done.n_vptq, done.n_dense) == (15, 0)
     assert "output.vptq_indices" in raw_tensors(tmp_path / "out.gguf")
-    with pytest.raises(OptionError, match=r"--output-type q8_0.*a VPTQ output layer"):
-        convert(checkpoint, tmp_path / "out.gguf", output_type="q8_0")
+    done = convert(checkpoint, tmp_path / "decoded.gguf", output_type="f16")
+    assert (done.n_vptq, done.n_dense) == (14, 1)
+    decoded = float_tensors(tmp_path / "decoded.gguf")["output.weight"]
+    assert np.array_equal(decoded, weights(checkpoint)["lm_head.weight"].astype(np.float16))
     convert(checkpoint, tmp_path / "plain.gguf", dequantize="f16")
     output = float_tensors(tmp_path / "plain.gguf")["output.weight"]
     assert np.array_equal(output, weights(checkpoint)["lm_head.weight"].astype(np.float16))

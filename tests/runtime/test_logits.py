@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import mixed_layers, write_checkpoint
+from checkpoints import EMBEDDING, mixed_layers, write_checkpoint
 from configurations import ARCHITECTURES, CONFIGURATIONS, VOCAB_SIZE
 from converted import float_tensors, raw_tensors
 from feeding import all_logits, prefill, step
@@ -216,6 +216,23 @@ def test_embedding_and_output_in_fewer_bits(tied: bool, type: str, tmp_path: Pat
         logits = runtime.logits(tokens)
     assert mean_kl(reference.logits(tokens), logits) < 1e-6
     assert mean_kl(unrounded, logits) > 1e-6
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_output_as_vptq_layers(tied: bool, device: str, tmp_path: Path) -> None:
+    architecture = replace(ARCHITECTURES["mistral"], tied=tied)
+    names = ("v8-k512-512", "norm-dim-1", "f32-outliers")
+    layers = mixed_layers(architecture, [CONFIGURATIONS[name] for name in names])
+    layers |= {EMBEDDING: CONFIGURATIONS["v8-k512-512"]}
+    layers |= {} if tied else {"lm_head": CONFIGURATIONS["norm-dim-1"]}
+    source = write_checkpoint(tmp_path / "source", architecture, layers)
+    convert(source, tmp_path / "model.gguf")
+    reference = Reference(source)
+    greedy = reference.stable_greedy(20)
+    with Runtime(tmp_path / "model.gguf", device=device, kv_type="f32", precision="f32") as runtime:
+        logits = runtime.logits(greedy.prompt)
+        assert mean_kl(reference.logits(greedy.prompt), logits) < 1e-6
+        assert runtime.generate(greedy.prompt, max_tokens=32, temperature=0).tokens == greedy.tokens
 
 
 @pytest.mark.parametrize("architecture", WINDOWED)

@@ -29,6 +29,7 @@ DENSE_TYPES = (
     "q5_0",
     "q4_1",
     "q4_0",
+    "vq",
 )  # as vptq-convert has them
 MAX_BATCH = 128  # sequences; what a call takes on every device
 MIN_LAYERS = 2  # to extrapolate from: of the last one a prompt runs only a part
@@ -131,7 +132,9 @@ def parser() -> argparse.ArgumentParser:
     )
     for name in ("embedding", "output"):
         synthetic.add_argument(
-            f"--{name}-type", choices=DENSE_TYPES, help=f"of the {name} matrix (default: auto, which is f16)"
+            f"--{name}-type",
+            choices=DENSE_TYPES,
+            help=f"of the {name} matrix; vq: as --quant says (default: auto, which is f16)",
         )
     output = p.add_mutually_exclusive_group()
     output.add_argument("--md", action="store_true", help="print Markdown")

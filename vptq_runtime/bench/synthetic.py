@@ -17,7 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 from vptq_converter.architectures import Hyperparameters, Key
 from vptq_converter.convert import vptq_keys
-from vptq_converter.dense import OPTION_TYPES
+from vptq_converter.dense import OPTION_TYPES, VQ
 from vptq_converter.gguf_writer import OutputTensor, write_in_place
 from vptq_converter.layer import index_bits, packed_words
 
@@ -142,14 +142,19 @@ class SyntheticModel:
     name: str
     shape: Shape
     quant: Quant
-    embedding_type: str  # f16, q8_0 ... q4_0
+    embedding_type: str  # f16, q8_0 ... q4_0, or vq: as the layers are
     output_type: str
 
     def tensors(self, n_layer: int) -> list[OutputTensor]:
         """The tensors of a model of n_layer layers; nothing is made before it is written."""
         s, random = self.shape, Random()
-        size = (s.n_vocab, s.n_embd)
-        tensors = [random.matrix(self.embedding_type, "token_embd.weight", size, -6)]
+
+        def matrix(type_name: str, name: str) -> list[OutputTensor]:
+            if type_name == VQ:
+                return list(vptq_linear(self.quant, random, name, s.n_vocab, s.n_embd))
+            return [random.matrix(type_name, f"{name}.weight", (s.n_vocab, s.n_embd), -6)]
+
+        tensors = matrix(self.embedding_type, "token_embd")
         for layer in range(n_layer):
             name = f"blk.{layer}"
             tensors += [
@@ -161,7 +166,7 @@ class SyntheticModel:
                     tensors.append(_constant(f"{name}.{linear}.bias", F32, out_features, 0))
         tensors.append(_constant("output_norm.weight", F32, s.n_embd, 1))
         if not s.tied or self.output_type != self.embedding_type:  # as vptq-convert has it
-            tensors.append(random.matrix(self.output_type, "output.weight", size, -6))
+            tensors += matrix(self.output_type, "output")
         return tensors
 
     def facts(self, n_layer: int, kv_type: str) -> ModelFacts:
