@@ -105,3 +105,13 @@ def test_the_self_check_knows_it(tmp_path: Path, layer: str, rounded: bool) -> N
     for model in models(tmp_path, layer, tied=False):
         isa = _native.cpu_isas()[0]
         assert _native.self_check(model, isa=isa, kv_type="f16", rounded=rounded, n_threads=2) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_gpu_passes_the_self_check(tmp_path: Path, layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    need_gpu()
+    monkeypatch.delenv("VPTQ_SELF_CHECK", raising=False)
+    model, _ = models(tmp_path, layer, tied=True)
+    context = _native.Context(model, device="cuda", n_ctx=64, n_threads=2, kv_type="f16")
+    assert context.device.startswith("cuda")
