@@ -90,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         "--finetune", action="store_true", help="fit codebooks, norms and indices of each layer once more"
     )
     option(
-        method, "end_to_end", "steps of training centroids and norms of the whole model, in memory; 0: none"
+        method,
+        "end_to_end",
+        "steps of training codebooks, norms and indices of the whole model, in memory; 0: none",
     )
     method.add_argument(
         "--no-hessian-weights",
