@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     option(
         method,
         "end_to_end",
-        "steps of training codebooks, norms and indices of the whole model, in memory; 0: none",
+        "steps of training the whole model: codebooks, norms and indices; 0: none",
     )
     method.add_argument(
         "--no-hessian-weights",
