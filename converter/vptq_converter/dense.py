@@ -86,6 +86,13 @@ def matrix(name: str, tensor: Tensor, type: GGMLQuantizationType) -> OutputTenso
     return OutputTensor(name, type, tensor.shape, lambda: encoded(name, type, tensor.shape, rows))
 
 
+def rounded(values: NDArray[np.float32], type: GGMLQuantizationType) -> NDArray[np.float32]:
+    """What is left of rows of a matrix once they are stored in that type."""
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        result: NDArray[np.float32] = quants.dequantize(quants.quantize(values, type), type)
+    return result
+
+
 def encoded(
     name: str,
     type: GGMLQuantizationType,

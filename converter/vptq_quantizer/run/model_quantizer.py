@@ -27,7 +27,8 @@ from vptq_quantizer.dense_model import DenseModel, linears
 from vptq_quantizer.layers.finetune import finetune_linear
 from vptq_quantizer.layers.layer_quantizer import Problem, quantize_linear
 from vptq_quantizer.layers.quantized_linear import QuantizedLinear
-from vptq_quantizer.options import DEFAULT_BITS, QuantizeOptions, option_error
+from vptq_quantizer.options import QuantizeOptions, option_error
+from vptq_quantizer.planning.file_size import FileSizes
 from vptq_quantizer.planning.plan import Plan, uniform_plan
 from vptq_quantizer.planning.target import measure_costs
 from vptq_quantizer.run.checkpoint_writer import CheckpointWriter, Part, copied_files, earlier_plan, stored
@@ -38,6 +39,7 @@ from vptq_runtime.commands.progress import RunProgress
 from vptq_runtime.errors import OptionError, OutOfMemoryError, UnsupportedError
 from vptq_runtime.evaluate.dense_model import is_out_of_memory
 
+EXPECTED = "expected_kl_divergence"  # of a plan, where it is written down
 FULL_BITS = 16  # a source of fewer bits a weight has been quantised already
 
 
@@ -118,12 +120,19 @@ def quantize(
         store = HessianStore(Path(hessians), model, source)
     what = {**asdict(options), "model": model, "calibration": source}
     expected = None
+    sizes = FileSizes.of(checkpoint, dense.model, Path(out_dir).resolve().name)
     if plan is None:
-        plan, expected = _plan(dense, options, text, earlier_plan(Path(out_dir), what), tell)
-        what["plan"] = plan.quantization_config(_biases(dense))
+        plan, expected = _plan(dense, options, text, sizes, earlier_plan(Path(out_dir), what), tell)
+        what["plan"] = {**plan.quantization_config(_biases(dense)), EXPECTED: expected}
+    planned = {
+        "bits_per_weight": plan.bits_per_weight,
+        "file_bytes": sizes.file(plan),
+        EXPECTED: expected,
+        **plan.quantization_config(_biases(dense)),
+    }
     if dry_run:
-        return _dry_report(checkpoint.name, options, plan, expected, dense.n_layers)
-    run = _Run(dense, options, plan, _stored_dtype(checkpoint), text, store, tell)
+        return _dry_report(checkpoint.name, options, planned, dense.n_layers)
+    run = _Run(dense, options, plan, planned, _stored_dtype(checkpoint), text, store, tell)
     with CheckpointWriter(Path(out_dir), what) as writer:
         return run.into(writer, wanted)
 
@@ -132,21 +141,27 @@ def _plan(
     dense: DenseModel,
     options: QuantizeOptions,
     text: Calibration | None,
+    sizes: FileSizes,
     earlier: Section | None,
     tell: Callable[[str], None],
 ) -> tuple[Plan, float | None]:
-    """The plan that an earlier attempt has made, or a new one and the KL divergence to expect."""
+    """The plan that an earlier attempt has made, or a new one, and the KL divergence to expect."""
     if earlier is not None:
         shapes = dense.linear_shapes()
         modules = {f"model.layers.{n}.{name}": shapes[name] for n in range(dense.n_layers) for name in shapes}
-        return Plan.parse(earlier, modules, _biases(dense)), None
+        expected = earlier.values.get(EXPECTED)
+        if expected is not None and not (isinstance(expected, float) and expected >= 0):
+            raise earlier.error(EXPECTED, expected, "nats a token, or null")
+        return Plan.parse(earlier, modules, _biases(dense)), expected
     with RunProgress(1, 0, tell) as progress:
-        costs = measure_costs(dense, options, text, lambda what: progress.show(f"plan: {what}"))
-    return costs.plan(options.target_bits or DEFAULT_BITS)
+        costs = measure_costs(
+            dense, options, text, sizes if options.fit else None, lambda what: progress.show(f"plan: {what}")
+        )
+    return costs.plan(options)
 
 
 def _dry_report(
-    model: str, options: QuantizeOptions, plan: Plan, expected: float | None, n_layers: int
+    model: str, options: QuantizeOptions, planned: dict[str, Any], n_layers: int
 ) -> dict[str, Any]:
     """What would be done."""
     return {
@@ -155,11 +170,7 @@ def _dry_report(
         "finished": False,
         "n_layers": n_layers,
         "layers": [],
-        "plan": {
-            "bits_per_weight": plan.bits_per_weight,
-            "expected_kl_divergence": expected,
-            **plan.quantization_config(set()),
-        },
+        "plan": planned,
     }
 
 
@@ -168,6 +179,7 @@ class _Run:
     dense: DenseModel
     options: QuantizeOptions
     plan: Plan
+    planned: dict[str, Any]  # what the report says of the plan
     dtype: torch.dtype  # of the new checkpoint
     text: Calibration | None
     store: HessianStore | None
@@ -191,6 +203,7 @@ class _Run:
             options |= {"samples": None, "seq_len": None}
         source = source_of(self.dense.model)
         report = run_report(self.dense.checkpoint.name, source, options, n_layers, reports)
+        report["plan"] = self.planned
         if report["finished"]:
             if self.options.end_to_end and self.text is not None:
                 report["end_to_end"] = self.tune(writer, self.text)
