@@ -150,16 +150,21 @@ def _writer(path: Path, arch: str, keys: Iterable[Key], alignment: int) -> GGUFW
 
 
 def keys_bytes(arch: str, keys: Iterable[Key], alignment: int = ALIGNMENT) -> int:
-    """What a file's header and keys take, up to the first tensor's entry: found by writing them."""
-    with tempfile.TemporaryDirectory() as directory:
-        writer = _writer(Path(directory) / "keys.gguf", arch, keys, alignment)
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            assert writer.fout is not None
-            return writer.fout[0].tell()
-        finally:
-            writer.close()
+    """What a file's header and keys take, up to the first tensor's entry: found by writing them to a
+    temporary file. Raises FileError where that cannot be."""
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            writer = _writer(Path(directory) / "keys.gguf", arch, keys, alignment)
+            try:
+                writer.write_header_to_file()
+                writer.write_kv_data_to_file()
+                assert writer.fout is not None
+                return writer.fout[0].tell()
+            finally:
+                writer.close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise FileError(f"{tempfile.gettempdir()}: a temporary file cannot be written: {reason}") from error
 
 
 def padded(n_bytes: int, alignment: int = ALIGNMENT) -> int:

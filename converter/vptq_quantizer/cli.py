@@ -15,7 +15,7 @@ from vptq_converter.dense_gguf.checkpoint import open_checkpoint
 
 from vptq_quantizer.options import DEFAULT_BITS, DEFAULT_SEQ_LEN, OPTION_NAMES, QuantizeOptions
 from vptq_quantizer.planning.file_size import in_words
-from vptq_quantizer.run.report import check_plot, plan_table, plot, table
+from vptq_quantizer.run.report import check_plot, plan_table, plot, table, verdict_line
 from vptq_runtime.commands import command
 from vptq_runtime.commands.progress import print_line
 from vptq_runtime.errors import FileError
@@ -211,8 +211,11 @@ def _show(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
     if report["finished"]:
         print(
             f"{arguments.out}: {report['bits_per_weight']:.3f} bits per quantised weight "
-            f"({report['index_bits_per_weight']:.3f} of them indices)"
+            f"({report['index_bits_per_weight']:.3f} of them indices), a GGUF file of "
+            f"{in_words(report['plan']['file_bytes'])}"
         )
+        if "verdict" in report:
+            print(verdict_line(report["verdict"]))
     else:
         done = len(report["layers"])
         print(

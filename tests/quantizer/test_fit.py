@@ -1,9 +1,12 @@
 """--fit: the size of the GGUF file, known before it is there, and met with the best that fits."""
 
 import argparse
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import write_checkpoint
@@ -14,8 +17,9 @@ from vptq_converter import convert
 from vptq_quantizer import QuantizeOptions, quantize
 from vptq_quantizer.cli import _size
 from vptq_quantizer.planning.file_size import in_words
+from vptq_quantizer.run import safe_files
 
-from vptq_runtime import OptionError
+from vptq_runtime import FileError, OptionError
 
 OPTIONS = QuantizeOptions(samples=8, seq_len=SEQ_LEN)
 
@@ -82,6 +86,40 @@ def test_a_run_for_a_size_goes_on_with_its_plan(
     report = quantize(model, out, options, calibration=[text])
     assert report["finished"] and report["plan"] == first and first["expected_kl_divergence"] > 0
     assert json.loads((out / "report.json").read_text())["plan"] == first
+
+
+def test_a_full_disk(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a planned run writes its second layer: the plan and the first layer stay, and it goes on."""
+    model, out = wide(tmp_path / "model", tied=True), tmp_path / "out"
+    options = replace(OPTIONS, fit=150_000, sequential=True)
+    real, calls = safe_files.save_file, 0
+
+    def save_file(tensors: Any, path: Path, metadata: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            path.write_bytes(b"the beginning")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(safe_files, "save_file", save_file)
+    with pytest.raises(FileError, match=r"cannot be written: No space left on device"):
+        quantize(model, out, options, calibration=[text])
+    assert [path.name for path in (out / ".parts").glob("layer-*")] == ["layer-00000.safetensors"]
+    assert not list(out.rglob("*.tmp"))
+    monkeypatch.delattr("vptq_quantizer.run.model_quantizer.measure_costs")
+    assert quantize(model, out, options, calibration=[text])["finished"]
+
+
+def test_no_room_for_a_temporary_file(text: Path, model: Path, tmp_path: Path) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vptq_converter.gguf_writer.GGUFWriter.write_kv_data_to_file", full)
+        with pytest.raises(FileError, match="a temporary file cannot be written: No space left on device"):
+            quantize(model, tmp_path / "out", OPTIONS, calibration=[text])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
