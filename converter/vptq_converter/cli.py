@@ -41,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
             metavar=f"{{{','.join(DENSE_TYPES)}}}",
             type=_dense_type,
             default="auto",
-            help=f"type of the {name} matrix; auto: as in the checkpoint, or as --dequantize says{note}",
+            help=f"type of the {name} matrix; auto: as the checkpoint has or names it, or as "
+            f"--dequantize says{note}",
         )
     parser.add_argument("--version", action="version", version=f"%(prog)s {command.version()}")
     return parser

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import write_checkpoint
 from configurations import ARCHITECTURES
-from converted import change_json, raw_tensors
-from dense_models import SEQ_LEN, SMALL
+from converted import raw_tensors
+from dense_models import SEQ_LEN, SMALL, write_wide
 from vptq_converter import convert
 from vptq_quantizer import QuantizeOptions, quantize
 from vptq_quantizer.cli import _size
@@ -22,14 +21,6 @@ from vptq_quantizer.run import safe_files
 from vptq_runtime import FileError, OptionError
 
 OPTIONS = QuantizeOptions(samples=8, seq_len=SEQ_LEN)
-
-
-def wide(directory: Path, tied: bool) -> Path:
-    """A dense model whose rows hold whole blocks of 32 weights, as those of real models do."""
-    architecture = replace(ARCHITECTURES["llama"], tied=tied, hidden_size=128, n_heads=4, n_kv_heads=2)
-    write_checkpoint(directory, architecture, {})
-    change_json(directory / "config.json", lambda config: config.pop("quantization_config"))
-    return directory
 
 
 @pytest.mark.parametrize("name", ["llama", "llama3", "llama-biases", "mistral", "qwen2"])
@@ -45,7 +36,7 @@ def test_the_size_of_the_file_is_known_before(
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("share", [0.2, 0.6])
 def test_a_size_is_met(tied: bool, share: float, text: Path, tmp_path: Path) -> None:
-    model = wide(tmp_path / "model", tied)
+    model = write_wide(tmp_path / "model", tied)
     with pytest.raises(OptionError, match=r"--fit: found 0\.01 kB, expected at least ([\d.]+) kB") as error:
         quantize(model, tmp_path / "out", replace(OPTIONS, fit=1), calibration=[text])
     smallest = int(float(str(error.value).split("at least ")[1].split()[0]) * 1000)
@@ -69,7 +60,7 @@ def test_a_size_is_met(tied: bool, share: float, text: Path, tmp_path: Path) -> 
 
 
 def test_the_smallest_size_can_be_had(text: Path, tmp_path: Path) -> None:
-    model = wide(tmp_path / "model", tied=True)
+    model = write_wide(tmp_path / "model", tied=True)
     with pytest.raises(OptionError) as error:
         quantize(model, tmp_path / "out", replace(OPTIONS, fit=1), calibration=[text])
     size = _size(str(error.value).split("at least ")[1].split(" for this")[0])
@@ -79,7 +70,7 @@ def test_the_smallest_size_can_be_had(text: Path, tmp_path: Path) -> None:
 def test_a_run_for_a_size_goes_on_with_its_plan(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, out = wide(tmp_path / "model", tied=True), tmp_path / "out"
+    model, out = write_wide(tmp_path / "model", tied=True), tmp_path / "out"
     options = replace(OPTIONS, fit=150_000)
     first = quantize(model, out, options, calibration=[text], layers=(0, 0))["plan"]
     monkeypatch.delattr("vptq_quantizer.run.model_quantizer.measure_costs")
@@ -90,7 +81,7 @@ def test_a_run_for_a_size_goes_on_with_its_plan(
 
 def test_a_full_disk(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a planned run writes its second layer: the plan and the first layer stay, and it goes on."""
-    model, out = wide(tmp_path / "model", tied=True), tmp_path / "out"
+    model, out = write_wide(tmp_path / "model", tied=True), tmp_path / "out"
     options = replace(OPTIONS, fit=150_000, sequential=True)
     real, calls = safe_files.save_file, 0
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import dequantise, read_tensors
-from dense_models import SEQ_LEN, SMALL
+from dense_models import SEQ_LEN, SMALL, write_wide
 from numpy.typing import NDArray
-from test_fit import wide
 from vptq_converter.checkpoint import Checkpoint
 from vptq_converter.dense import OPTION_TYPES, rounded
 from vptq_quantizer import quantize
@@ -68,7 +67,7 @@ def test_the_type_of_the_embedding_is_part_of_it(
 ) -> None:
     """A plan that has the embedding in q4_0."""
     monkeypatch.setattr(target.FileSizes, "types", lambda _: ["q4_0"])
-    model, out = wide(tmp_path / "model", tied=True), tmp_path / "out"
+    model, out = write_wide(tmp_path / "model", tied=True), tmp_path / "out"
     options = replace(SMALL, vector_len=None, centroids=None, res_centroids=0, fit=10**6)
     report = quantize(model, out, options, calibration=[text])
     assert report["plan"]["embedding_type"] == "q4_0"
