@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,9 @@ OPTIONS = QuantizeOptions(samples=8, seq_len=SEQ_LEN)
 @pytest.mark.parametrize("name", ["llama", "llama3", "llama-biases", "mistral", "qwen2"])
 @pytest.mark.parametrize("options", [SMALL, replace(SMALL, res_centroids=0, groups=2, normalize=False)])
 def test_the_size_of_the_file_is_known_before(
-    name: str, options: QuantizeOptions, dense_model: object, text: Path, tmp_path: Path
+    name: str, options: QuantizeOptions, dense_model: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
-    model = dense_model(name)  # type: ignore[operator]
+    model = dense_model(name)
     report = quantize(model, tmp_path / "out", options, calibration=[text])
     assert report["plan"]["file_bytes"] == convert(tmp_path / "out", tmp_path / "out.gguf").n_bytes
 

@@ -37,7 +37,7 @@ def matrix_losses(
     }
     if sensitivity is not None:
         n_embd = len(sensitivity.output_columns)
-        uses["token_embd"].append((sensitivity.embedding.numpy(), np.ones(n_embd, np.float32)))
+        uses["token_embd"].append((sensitivity.embedding.cpu().numpy(), np.ones(n_embd, np.float32)))
         output = (sensitivity.output.cpu().numpy(), sensitivity.output_columns.cpu().numpy())
         uses["output" if "output" in uses else "token_embd"].append(output)
     tensors = {"token_embd": embedding.weight, "output": last.weight}

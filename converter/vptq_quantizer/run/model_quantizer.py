@@ -128,12 +128,8 @@ def quantize(
     if plan is None:
         plan, expected = _plan(dense, options, text, sizes, earlier_plan(Path(out_dir), what), tell)
         what["plan"] = {**plan.quantization_config(_biases(dense)), EXPECTED: expected}
-    planned = {
-        "bits_per_weight": plan.bits_per_weight,
-        "file_bytes": sizes.file(plan),
-        EXPECTED: expected,
-        **plan.quantization_config(_biases(dense)),
-    }
+    written = {**plan.quantization_config(_biases(dense)), EXPECTED: expected}
+    planned = {"bits_per_weight": plan.bits_per_weight, "file_bytes": sizes.file(plan), **written}
     if dry_run:
         return _dry_report(checkpoint.name, options, planned, dense.n_layers)
     run = _Run(dense, options, plan, planned, _stored_dtype(checkpoint), text, store, tell)
