@@ -1,5 +1,6 @@
 """Small dense models of every architecture, text to calibrate them with, and options that suit them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,14 @@ SMALL = QuantizeOptions(vector_len=4, centroids=16, res_centroids=8, samples=16,
 def write_dense(directory: Path, architecture: str, shards: int = 1) -> Path:
     """The dense model of an architecture by its name in ARCHITECTURES."""
     write_checkpoint(directory, ARCHITECTURES[architecture], {}, shards=shards)
+    change_json(directory / "config.json", lambda config: config.pop("quantization_config"))
+    return directory
+
+
+def write_wide(directory: Path, tied: bool) -> Path:
+    """A dense Llama whose rows hold whole blocks of 32 weights, as those of real models do."""
+    architecture = replace(ARCHITECTURES["llama"], tied=tied, hidden_size=128, n_heads=4, n_kv_heads=2)
+    write_checkpoint(directory, architecture, {})
     change_json(directory / "config.json", lambda config: config.pop("quantization_config"))
     return directory
 

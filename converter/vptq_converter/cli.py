@@ -41,8 +41,8 @@ def _parser() -> argparse.ArgumentParser:
             metavar=f"{{{','.join(DENSE_TYPES)}}}",
             type=_dense_type,
             default="auto",
-            help=f"type of the {name} matrix; auto: as in the checkpoint, or as --dequantize says; "
-            f"vq: the VPTQ layer that the checkpoint has of it{note}",
+            help=f"type of the {name} matrix; auto: as the checkpoint has or names it, or as "
+            f"--dequantize says; vq: the VPTQ layer that the checkpoint has of it{note}",
         )
     parser.add_argument("--version", action="version", version=f"%(prog)s {command.version()}")
     return parser

@@ -11,6 +11,7 @@ from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFValueType
 from vptq_converter.architectures import Key, Model, Weight, read_model
 from vptq_converter.checkpoint import Checkpoint
 from vptq_converter.dense import (
+    DENSE_TYPES,
     OPTION_TYPES,
     STORED_TYPES,
     VQ,
@@ -26,11 +27,12 @@ from vptq_converter.gguf_writer import (
     ALIGNMENT,
     PLAIN_ALIGNMENT,
     OutputTensor,
+    TensorInfo,
     check_target,
     write_gguf,
 )
-from vptq_converter.layer import LayerTensors
-from vptq_converter.tokenizer import read_tokenizer
+from vptq_converter.layer import LayerConfig, LayerTensors
+from vptq_converter.tokenizer import TokenizerKeys, read_tokenizer
 from vptq_runtime.errors import FileError, OptionError
 
 FORMAT_VERSION = 1  # vptq.version, see docs/file-format.md
@@ -64,8 +66,9 @@ def convert(
         (owner/model, or owner/model@revision).
     target: the file to write; replaced once the new one is whole, left alone if anything goes wrong.
     dequantize: None for a VPTQ file (docs/file-format.md), or f16, bf16, q8_0 for a plain one for llama.cpp.
-    embedding_type, output_type: auto (as in the checkpoint, or as dequantize says), f16, q8_0,
-        q5_1, q5_0, q4_1, q4_0; vq: as in a checkpoint that has the matrix as a VPTQ layer.
+    embedding_type, output_type: auto (as dequantize says; without it, as quantization_config's
+        embedding_type and output_type say; else as in the checkpoint), f16, q8_0, q5_1, q5_0, q4_1, q4_0;
+        vq: as in a checkpoint that has the matrix as a VPTQ layer.
     name: what the model is called in the file; None: as the checkpoint's directory or repository is.
 
     Raises FileError, UnsupportedError, OptionError (vptq_runtime.errors).
@@ -89,27 +92,23 @@ def convert(
     model = read_model(checkpoint)
     tokenizer = read_tokenizer(checkpoint, model.hyperparameters.n_vocab)
     arch = model.architecture.gguf_name
-    keys: list[Key] = [
-        ("general.type", "model", GGUFValueType.STRING, None),
-        ("general.name", name or checkpoint.name, GGUFValueType.STRING, None),
-        *model.hyperparameters.keys(arch),
-        *tokenizer.keys,
-    ]
-    notes: list[str] = []
+    # A plain file's types are --dequantize's affair.
+    planned = _planned_types(checkpoint) if dequantize is None else {}
+    asked = {"token_embd": embedding_type, "output": output_type}
     types = {
-        name: value
-        for name, value in (("token_embd", embedding_type), ("output", output_type))
-        if value != "auto"
+        weight: planned.get(weight, "auto") if type == "auto" else type for weight, type in asked.items()
     }
+    types = {weight: type for weight, type in types.items() if type != "auto"}
+    notes: list[str] = []
     _check_vq(model, types, dequantize)
     if dequantize is None:
-        keys += vptq_keys(tokenizer.eos_token_ids)
-        keys.append(("tokenizer.huggingface.json", tokenizer.json, GGUFValueType.STRING, None))
+        keys = file_keys(name or checkpoint.name, model, tokenizer)
         model = _untie(model, types, _stored_type(model.weights[0]))
         tensors = [
             tensor for weight in model.weights for tensor in _weight_tensors(weight, types.get(weight.name))
         ]
     else:
+        keys = _plain_keys(name or checkpoint.name, model, tokenizer)
         keys.append(("general.file_type", FILE_TYPES[dequantize], GGUFValueType.UINT32, None))
         keys.append(("general.quantization_version", GGML_QUANT_VERSION, GGUFValueType.UINT32, None))
         model = _untie(model, types, dequantize)
@@ -129,6 +128,36 @@ def convert(
     return Conversion(
         Path(target), arch, n_bytes, n_vptq, len(linears) - n_vptq, time.monotonic() - begin, tuple(notes)
     )
+
+
+def _planned_types(checkpoint: Checkpoint) -> dict[str, str]:
+    """What the checkpoint's maker wants of the embedding and the output matrix; raises FileError."""
+    quantization = checkpoint.config.section("quantization_config")
+    found = {}
+    for name, key in (("token_embd", "embedding_type"), ("output", "output_type")):
+        found[name] = quantization.values.get(key, "auto")
+        if found[name] not in DENSE_TYPES:
+            raise quantization.error(key, found[name], f"one of {', '.join(DENSE_TYPES)}")
+    return found
+
+
+def _plain_keys(name: str, model: Model, tokenizer: TokenizerKeys) -> list[Key]:
+    """What files of both kinds have."""
+    return [
+        ("general.type", "model", GGUFValueType.STRING, None),
+        ("general.name", name, GGUFValueType.STRING, None),
+        *model.hyperparameters.keys(model.architecture.gguf_name),
+        *tokenizer.keys,
+    ]
+
+
+def file_keys(name: str, model: Model, tokenizer: TokenizerKeys) -> list[Key]:
+    """The keys of a VPTQ file; name: of the model."""
+    return [
+        *_plain_keys(name, model, tokenizer),
+        *vptq_keys(tokenizer.eos_token_ids),
+        ("tokenizer.huggingface.json", tokenizer.json, GGUFValueType.STRING, None),
+    ]
 
 
 def vptq_keys(eos_token_ids: list[int]) -> list[Key]:
@@ -201,24 +230,41 @@ def _weight_tensors(weight: Weight, type: str | None) -> list[OutputTensor]:
 
 
 def _layer_tensors(name: str, layer: LayerTensors) -> list[OutputTensor]:
-    """The tensors of one VPTQ linear layer, as docs/file-format.md lists them."""
-    c = layer.config
-    i16, i32 = GGMLQuantizationType.I16, GGMLQuantizationType.I32
-    tensors = [
-        OutputTensor(f"{name}.vptq_indices", i32, c.indices_shape, layer.packed_chunks),
-        copied(f"{name}.vptq_centroids", layer.centroids, shape=(c.g, c.k, c.v)),
-    ]
-    if layer.res_centroids is not None:
-        tensors.append(copied(f"{name}.vptq_res_centroids", layer.res_centroids, shape=(c.g, c.r, c.v)))
-    if layer.outlier_indices is not None and layer.outlier_centroids is not None:
-        shape = (c.n_outlier_blocks, c.n0)
-        tensors.append(copied(f"{name}.vptq_outlier_indices", layer.outlier_indices, i16, shape))
-        tensors.append(copied(f"{name}.vptq_outlier_centroids", layer.outlier_centroids, shape=(c.k0, c.v0)))
-    perm = layer.permutation()
-    if perm is not None:
-        tensors.append(made(f"{name}.vptq_perm", i16, perm.view("int16")))
-    if layer.scale is not None and layer.shift is not None:
-        out = "out_" if c.norm_dim == 1 else ""
-        tensors.append(copied(f"{name}.vptq_{out}scale", layer.scale))
-        tensors.append(copied(f"{name}.vptq_{out}shift", layer.shift))
+    """The tensors of one VPTQ linear layer."""
+    tensors = []
+    for field, info in layer_infos(name, layer.config, STORED_TYPES[layer.centroids.dtype]).items():
+        if field == "indices":
+            tensors.append(OutputTensor(info.name, info.type, info.shape, layer.packed_chunks))
+        elif field == "perm":
+            perm = layer.permutation()
+            if perm is not None:
+                tensors.append(made(info.name, info.type, perm.view("int16")))
+        else:
+            type = info.type if field == "outlier_indices" else None  # a norm has one of its own
+            tensors.append(copied(info.name, getattr(layer, field), type, info.shape))
     return tensors
+
+
+def layer_infos(name: str, config: LayerConfig, floats: GGMLQuantizationType) -> dict[str, TensorInfo]:
+    """The tensors of one VPTQ linear layer, as docs/file-format.md lists them, by LayerTensors' names.
+
+    floats: type of codebooks and norms. A permutation that turns out to be the identity is left out.
+    """
+    c = config
+    i16, i32 = GGMLQuantizationType.I16, GGMLQuantizationType.I32
+    parts: list[tuple[str, str, GGMLQuantizationType, tuple[int, ...]]] = [
+        ("indices", "indices", i32, c.indices_shape),
+        ("centroids", "centroids", floats, (c.g, c.k, c.v)),
+    ]
+    if c.r:
+        parts.append(("res_centroids", "res_centroids", floats, (c.g, c.r, c.v)))
+    if c.n0:
+        parts.append(("outlier_indices", "outlier_indices", i16, (c.n_outlier_blocks, c.n0)))
+        parts.append(("outlier_centroids", "outlier_centroids", floats, (c.k0, c.v0)))
+    if c.perm:
+        parts.append(("perm", "perm", i16, (c.in_features,)))
+    if c.norm_dim is not None:
+        out, size = ("out_", c.out_features) if c.norm_dim == 1 else ("", c.in_features)
+        parts.append(("scale", f"{out}scale", floats, (size,)))
+        parts.append(("shift", f"{out}shift", floats, (size,)))
+    return {field: TensorInfo(f"{name}.vptq_{part}", type, shape) for field, part, type, shape in parts}

@@ -104,6 +104,13 @@ def decoded(name: str, layer: LayerTensors, type: GGMLQuantizationType) -> Outpu
     return OutputTensor(name, type, layer.shape, chunks)
 
 
+def rounded(values: NDArray[np.float32], type: GGMLQuantizationType) -> NDArray[np.float32]:
+    """What is left of rows of a matrix once they are stored in that type."""
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        result: NDArray[np.float32] = quants.dequantize(quants.quantize(values, type), type)
+    return result
+
+
 def encoded(
     name: str,
     type: GGMLQuantizationType,

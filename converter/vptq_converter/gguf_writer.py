@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -36,18 +37,29 @@ PLAIN_ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
-class OutputTensor:
-    """A tensor of the file; chunks() makes its bytes: arrays of any type, or checkpoint tensors as is."""
+class TensorInfo:
+    """What a file's directory says of a tensor."""
 
     name: str
     type: GGMLQuantizationType
     shape: tuple[int, ...]  # row-major, of elements
-    chunks: Callable[[], Iterable[NDArray[Any] | Tensor]]
 
     @property
     def nbytes(self) -> int:
         block_size, block_bytes = GGML_QUANT_SIZES[self.type]
         return prod(self.shape) // block_size * block_bytes
+
+    @property
+    def entry_bytes(self) -> int:
+        """Of the entry: the name and its length, the shape and its length, the type, where the data begin."""
+        return 8 + len(self.name.encode()) + 4 + 8 * len(self.shape) + 4 + 8
+
+
+@dataclass(frozen=True)
+class OutputTensor(TensorInfo):
+    """A tensor of the file; chunks() makes its bytes: arrays of any type, or checkpoint tensors as is."""
+
+    chunks: Callable[[], Iterable[NDArray[Any] | Tensor]]
 
 
 def check_target(target: Path, sources: Iterable[Path]) -> Path:
@@ -99,10 +111,7 @@ def write_in_place(
     alignment: int = ALIGNMENT,
 ) -> int:
     """Writes over the file itself; a part of it is left there if anything goes wrong. Raises OSError, too."""
-    writer = GGUFWriter(path, arch)
-    writer.add_custom_alignment(alignment)
-    for name, value, value_type, element_type in keys:
-        writer.add_key_value(name, value, value_type, element_type)
+    writer = _writer(path, arch, keys, alignment)
     for tensor in tensors:
         # The writer reads the shape as one of bytes if it is told uint8; otherwise raw_dtype alone counts.
         writer.add_tensor_info(
@@ -130,6 +139,37 @@ def write_in_place(
     finally:
         writer.close()
     return size
+
+
+def _writer(path: Path, arch: str, keys: Iterable[Key], alignment: int) -> GGUFWriter:
+    writer = GGUFWriter(path, arch)
+    writer.add_custom_alignment(alignment)
+    for name, value, value_type, element_type in keys:
+        writer.add_key_value(name, value, value_type, element_type)
+    return writer
+
+
+def keys_bytes(arch: str, keys: Iterable[Key], alignment: int = ALIGNMENT) -> int:
+    """What a file's header and keys take, up to the first tensor's entry: found by writing them to a
+    temporary file. Raises FileError where that cannot be."""
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            writer = _writer(Path(directory) / "keys.gguf", arch, keys, alignment)
+            try:
+                writer.write_header_to_file()
+                writer.write_kv_data_to_file()
+                assert writer.fout is not None
+                return writer.fout[0].tell()
+            finally:
+                writer.close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise FileError(f"{tempfile.gettempdir()}: a temporary file cannot be written: {reason}") from error
+
+
+def padded(n_bytes: int, alignment: int = ALIGNMENT) -> int:
+    """Up to where the next tensor begins."""
+    return -(-n_bytes // alignment) * alignment
 
 
 def _write_chunk(file: BinaryIO, chunk: NDArray[Any] | Tensor) -> Iterator[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from vptq_converter.checkpoint import is_hub_id
 from vptq_converter.dense_gguf.checkpoint import open_checkpoint
 
 from vptq_quantizer.options import DEFAULT_BITS, DEFAULT_SEQ_LEN, OPTION_NAMES, QuantizeOptions
-from vptq_quantizer.run.report import check_plot, plan_table, plot, table
+from vptq_quantizer.planning.file_size import in_words
+from vptq_quantizer.run.report import check_plot, plan_table, plot, table, verdict_line
 from vptq_runtime.commands import command
 from vptq_runtime.commands.progress import print_line
 from vptq_runtime.errors import FileError
@@ -68,6 +70,13 @@ def _parser() -> argparse.ArgumentParser:
         f"model least (default, without --vector-len and --centroids: {DEFAULT_BITS:g})",
     )
     sizes.add_argument(
+        "--fit",
+        type=_size,
+        metavar="SIZE",
+        help="of the GGUF file that vptq-convert makes, as 64MB, 4GB or 1.5GiB: embedding and output matrix "
+        "are chosen, too",
+    )
+    sizes.add_argument(
         "--dry-run", action="store_true", help="print the plan and what it is expected to cost; write nothing"
     )
 
@@ -90,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
         "--finetune", action="store_true", help="fit codebooks, norms and indices of each layer once more"
     )
     option(
-        method, "end_to_end", "steps of training centroids and norms of the whole model, in memory; 0: none"
+        method,
+        "end_to_end",
+        "steps of training the whole model: codebooks, norms and indices; 0: none",
     )
     method.add_argument(
         "--no-hessian-weights",
@@ -114,6 +125,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plot", metavar="FILE", help="a picture of the errors; the ending says the format")
     parser.add_argument("--version", action="version", version=f"%(prog)s {command.version()}")
     return parser
+
+
+def _size(text: str) -> int:
+    """Bytes."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([kmgt]?)(i?)b", text.lower())
+    if not match or (match[3] and not match[2]):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a size, as 64MB, 4GB or 1.5GiB")
+    return int(Fraction(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -172,7 +191,15 @@ def _show(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
     if arguments.dry_run:
         planned = report["plan"]
         Console().print(plan_table(planned["config_for_layers"], report["n_layers"]))
-        print(f"{planned['bits_per_weight']:.3f} bits per weight of the linear layers")
+        types = ", ".join(
+            f"{name.removesuffix('_type')} in {planned[name]}"
+            for name in ("embedding_type", "output_type")
+            if name in planned
+        )
+        print(
+            f"{planned['bits_per_weight']:.3f} bits per weight of the linear layers{types and '; '}{types}; "
+            f"a file of {in_words(planned['file_bytes'])}"
+        )
         if planned["expected_kl_divergence"] is not None:
             print(f"KL divergence to expect, without training: about {planned['expected_kl_divergence']:.2f}")
         return
@@ -184,8 +211,11 @@ def _show(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
     if report["finished"]:
         print(
             f"{arguments.out}: {report['bits_per_weight']:.3f} bits per quantised weight "
-            f"({report['index_bits_per_weight']:.3f} of them indices)"
+            f"({report['index_bits_per_weight']:.3f} of them indices), a GGUF file of "
+            f"{in_words(report['plan']['file_bytes'])}"
         )
+        if "verdict" in report:
+            print(verdict_line(report["verdict"]))
     else:
         done = len(report["layers"])
         print(

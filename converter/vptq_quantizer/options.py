@@ -27,6 +27,7 @@ class QuantizeOptions:
     outlier_centroids: int = 4096  # k0
     target_bits: float | None = None  # per weight of all linear layers, all that is stored counted; None:
     # DEFAULT_BITS, without v and k
+    fit: int | None = None  # bytes of the GGUF file, at most: embedding and output matrix are chosen, too
     damping: float = 0.01  # times the Hessian's mean diagonal, added to its diagonal
     normalize: bool = True  # input columns to mean 0 and variance 1
     hessian_weights: bool = True  # k-means weighs each column by h_ii; False: all alike
@@ -81,12 +82,19 @@ class QuantizeOptions:
             type(self.target_bits) not in (int, float) or not 0 < self.target_bits <= 16
         ):
             raise option_error("target_bits", self.target_bits, "bits per weight, above 0 and at most 16")
+        if self.fit is not None and (type(self.fit) is not int or not 0 < self.fit < 2**63):
+            raise option_error("fit", self.fit, "bytes of a file, above 0")
+        if self.fit is not None and self.target_bits is not None:
+            raise OptionError("--fit: found --target-bits beside it, expected either")
         if (self.vector_len is None) != (self.centroids is None):
             given, missing = ("vector_len", "centroids")[:: 1 if self.centroids is None else -1]
             raise option_error(missing, "none", f"one beside {_spelled(given)}, or neither of them")
-        if self.by_hand and self.target_bits is not None:
-            raise OptionError("--target-bits: found --vector-len and --centroids beside it, expected either")
         if self.by_hand:
+            for name in ("target_bits", "fit"):
+                if getattr(self, name) is not None:
+                    raise OptionError(
+                        f"{_spelled(name)}: found --vector-len and --centroids beside it, expected either"
+                    )
             return
         for name, none in (("res_centroids", 0), ("groups", 1), ("outliers", 0)):
             if getattr(self, name) != none:

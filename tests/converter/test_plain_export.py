@@ -8,11 +8,11 @@ import pytest
 import torch
 from checkpoints import dequantise, mixed_layers, read_tensors, write_checkpoint
 from configurations import ARCHITECTURES, CONFIGURATIONS, gguf_name
-from converted import change_tensors, float_tensors, keys, raw_tensors
+from converted import change_json, change_tensors, float_tensors, keys, raw_tensors
 from numpy.typing import NDArray
 from vptq_converter import convert
 
-from vptq_runtime import OptionError, UnsupportedError
+from vptq_runtime import FileError, OptionError, UnsupportedError
 
 MIXED = [CONFIGURATIONS[name] for name in ("v8-k1024-512", "float16-outliers", "norm-dim-1-outliers", "bf16")]
 
@@ -162,6 +162,37 @@ def test_a_tied_output_gets_its_own_tensor_only_for_another_type(
     convert(checkpoint, tmp_path / "out.gguf", **options)
     types = {n: type_name for n, (type_name, _, _) in raw_tensors(tmp_path / "out.gguf").items()}
     assert (types["token_embd.weight"], types.get("output.weight")) == expected
+
+
+@pytest.mark.parametrize(
+    ("planned", "options", "expected"),
+    [
+        ({"embedding_type": "q5_0"}, {}, ("Q5_0", None)),
+        ({"embedding_type": "q5_0"}, {"embedding_type": "q8_0"}, ("Q8_0", None)),
+        ({"embedding_type": "q5_0"}, {"output_type": "q8_0"}, ("Q5_0", "Q8_0")),
+        ({"embedding_type": "q4_0", "output_type": "q5_1"}, {}, ("Q4_0", "Q5_1")),
+        ({"embedding_type": "auto"}, {}, ("F16", None)),
+        ({"embedding_type": "q5_0"}, {"dequantize": "f16"}, ("F16", None)),
+    ],
+)
+def test_the_checkpoint_can_name_dense_types(
+    planned: dict[str, str], options: dict[str, str], expected: tuple[str, str | None], tmp_path: Path
+) -> None:
+    architecture = replace(ARCHITECTURES["llama"], tied=True, hidden_size=128, n_heads=4, n_kv_heads=2)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", architecture, CONFIGURATIONS["v8-k256-256"])
+    change_json(checkpoint / "config.json", lambda config: config["quantization_config"].update(planned))
+    convert(checkpoint, tmp_path / "out.gguf", **options)
+    types = {n: type_name for n, (type_name, _, _) in raw_tensors(tmp_path / "out.gguf").items()}
+    assert (types["token_embd.weight"], types.get("output.weight")) == expected
+
+
+@pytest.mark.parametrize("type", ["q6_k", "", 8, None, ["q8_0"]])
+def test_a_checkpoint_that_names_another_type(type: object, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", ARCHITECTURES["llama"], CONFIGURATIONS["bf16"])
+    planned = {"output_type": type}
+    change_json(checkpoint / "config.json", lambda config: config["quantization_config"].update(planned))
+    with pytest.raises(FileError, match=r"quantization_config.output_type: found .*, expected one of auto, "):
+        convert(checkpoint, tmp_path / "out.gguf")
 
 
 def test_a_quantised_output_layer(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from checkpoints import read_tensors
 from dense_models import SMALL
-from torch import Tensor, nn
 from vptq_quantizer import quantize
 from vptq_quantizer.calibration.text import Calibration
 from vptq_quantizer.training import end_to_end
+from vptq_quantizer.training.end_to_end import _Training
 
 
 @pytest.mark.parametrize("length", [2, 3, 30, 47, 960, 1000, 5000])
@@ -39,16 +39,15 @@ def test_the_loss_is_measured_on_the_numbers_that_are_stored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     measured: list[bool] = []
-    real = end_to_end._divergence
+    real = _Training.measure
     dtype = {"llama": torch.float16, "qwen2": torch.bfloat16}[architecture]
 
-    def divergence(teacher: nn.Module, student: nn.Module, tokens: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            values = [p for p in student.parameters() if p.requires_grad]
-            measured.append(all(torch.equal(p, p.to(dtype).float()) for p in values))
-        return real(teacher, student, tokens)
+    def measure(training: _Training) -> float:
+        values = training.student.parameters.values()
+        measured.append(all(torch.equal(p, p.to(dtype).float()) for p in values))
+        return real(training)
 
-    monkeypatch.setattr(end_to_end, "_divergence", divergence)
+    monkeypatch.setattr(_Training, "measure", measure)
     options = replace(SMALL, end_to_end=3)
     quantize(dense_model(architecture), tmp_path / "out", options, calibration=[text])
     assert measured == [True, True]
@@ -58,16 +57,47 @@ def test_what_is_not_trained_is_in_memory_once(
     dense_model: Callable[[str], Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     common: set[str] = set()
-    real = end_to_end._divergence
+    real = _Training.advance
 
-    def divergence(teacher: nn.Module, student: nn.Module, tokens: Tensor) -> Tensor:
-        of_teacher = {p.data_ptr() for p in teacher.parameters()}
-        common.update(name for name, p in student.named_parameters() if p.data_ptr() in of_teacher)
-        return real(teacher, student, tokens)
+    def advance(training: _Training) -> float:
+        of_teacher = {p.data_ptr() for p in training.teacher.parameters()}
+        model = training.student.model
+        common.update(name for name, p in model.named_parameters() if p.data_ptr() in of_teacher)
+        return real(training)
 
-    monkeypatch.setattr(end_to_end, "_divergence", divergence)
+    monkeypatch.setattr(_Training, "advance", advance)
     quantize(dense_model("llama"), tmp_path / "out", replace(SMALL, end_to_end=1), calibration=[text])
     assert common == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def test_a_training_that_was_stopped_goes_on(
+    dense_model: Callable[[str], Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every number and index is that of a training in one go; steps that were done are not done again."""
+    monkeypatch.setattr(end_to_end, "SAVE_S", 0.0)
+    monkeypatch.setattr(end_to_end, "OFFSET_RATE", 0.3)  # so that few steps change indices
+    options, model = replace(SMALL, end_to_end=6), dense_model("llama")
+    whole = quantize(model, tmp_path / "whole", options, calibration=[text])["end_to_end"]
+    steps: list[int] = []
+    real = _Training.advance
+
+    def advance(training: _Training) -> float:
+        if training.step == 3 and len(steps) == 3:
+            raise KeyboardInterrupt
+        steps.append(training.step)
+        return real(training)
+
+    monkeypatch.setattr(_Training, "advance", advance)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, tmp_path / "out", options, calibration=[text])
+    steps.append(-1)
+    again = quantize(model, tmp_path / "out", options, calibration=[text])["end_to_end"]
+    assert steps == [0, 1, 2, -1, 3, 4, 5]
+    assert again == whole and whole["changed_indices"] > 0
+    found, expected = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "whole")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert not (tmp_path / "out" / ".parts").exists()
 
 
 @pytest.mark.parametrize("rate", [30.0, float("nan")])

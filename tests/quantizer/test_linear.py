@@ -6,43 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from linear_problems import hessian, problem
+from linear_problems import OPTIONS, PLAIN, hessian, problem, quantise
 from torch import Tensor
 from vptq_converter.layer import VPTQLinear
-from vptq_quantizer import QuantizeOptions
 from vptq_quantizer.layers.finetune import finetune_linear
 from vptq_quantizer.layers.layer_quantizer import Problem, quantize_linear
 from vptq_quantizer.layers.quantized_linear import QuantizedLinear
 
 from vptq_runtime import FileError, OptionError
-
-PLAIN = QuantizeOptions(vector_len=4, centroids=32)
-OPTIONS = {
-    "plain": PLAIN,
-    "residual": replace(PLAIN, res_centroids=16),
-    "residual-larger-than-outliers": replace(PLAIN, res_centroids=32, outliers=5, outlier_centroids=8),
-    "groups": replace(PLAIN, groups=3, res_centroids=4),
-    "outliers": replace(PLAIN, outliers=4, outlier_vector_len=3, outlier_centroids=16, groups=2),
-    "padded": replace(PLAIN, vector_len=7),
-    "no-norm": replace(PLAIN, normalize=False),
-}
-
-
-def quantise(
-    problem: Problem, options: QuantizeOptions, dtype: torch.dtype = torch.float16
-) -> tuple[QuantizedLinear, dict[str, float]]:
-    """The layer, and the relative proxy error after each step."""
-    errors: dict[str, float] = {}
-
-    def step(name: str, layer: QuantizedLinear) -> None:
-        errors[name] = problem.relative_error(layer.weight())
-
-    config = options.layer_config("layer", *problem.weight.shape)
-    generator = torch.Generator().manual_seed(options.seed)
-    layer = quantize_linear(problem, config, options, dtype, generator, step)
-    if options.finetune:
-        layer = finetune_linear(problem, layer, dtype, step)
-    return layer, errors
 
 
 def by_the_converter(layer: QuantizedLinear, dtype: torch.dtype = torch.float16) -> Tensor:

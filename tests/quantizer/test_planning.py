@@ -67,6 +67,16 @@ def test_a_run_goes_on_with_its_plan(
     assert config["config_for_layers"] == planned["config_for_layers"]
 
 
+def test_a_target_of_a_sequential_run(model: Path, text: Path, tmp_path: Path) -> None:
+    """Its plan is that of another run: it is made of the dense model alone."""
+    options = replace(TARGET, sequential=True)
+    report = quantize(model, tmp_path / "out", options, calibration=[text])
+    assert 2.97 <= report["bits_per_weight"] <= 3
+    other = quantize(model, tmp_path / "other", TARGET, calibration=[text], dry_run=True)
+    assert report["plan"]["config_for_layers"] == other["plan"]["config_for_layers"]
+    assert report["plan"]["expected_kl_divergence"] == other["plan"]["expected_kl_divergence"]
+
+
 def test_a_dry_run_writes_nothing(model: Path, text: Path, tmp_path: Path) -> None:
     report = quantize(model, tmp_path / "out", TARGET, calibration=[text], dry_run=True)
     assert not (tmp_path / "out").exists()

@@ -192,3 +192,14 @@ class QuantizedLinear:
 def _uint16_bits(values: Tensor) -> Tensor:
     """As int16 with the same bits."""
     return torch.from_numpy(values.cpu().numpy().astype(np.uint16).view(np.int16))
+
+
+def decoded(configs: Mapping[str, LayerConfig], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that linear layers stand for, by their paths; the names of `tensors` begin with these."""
+    weights = {}
+    for path, config in configs.items():
+        fields = {
+            name.removeprefix(f"{path}."): t for name, t in tensors.items() if name.startswith(f"{path}.")
+        }
+        weights[path] = QuantizedLinear.from_tensors(config, fields).weight()
+    return weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,18 +27,21 @@ from vptq_quantizer.calibration.text import Calibration, check_context, read_cal
 from vptq_quantizer.dense_model import DenseModel, linears
 from vptq_quantizer.layers.finetune import finetune_linear
 from vptq_quantizer.layers.layer_quantizer import Problem, quantize_linear
-from vptq_quantizer.layers.quantized_linear import QuantizedLinear
-from vptq_quantizer.options import DEFAULT_BITS, QuantizeOptions, option_error
+from vptq_quantizer.layers.quantized_linear import QuantizedLinear, decoded
+from vptq_quantizer.options import QuantizeOptions, option_error
+from vptq_quantizer.planning.file_size import FileSizes
 from vptq_quantizer.planning.plan import Plan, uniform_plan
 from vptq_quantizer.planning.target import measure_costs
 from vptq_quantizer.run.checkpoint_writer import CheckpointWriter, Part, copied_files, earlier_plan, stored
 from vptq_quantizer.run.report import run_report, source_of
 from vptq_quantizer.run.side_by_side import MOST_IN_FEATURES, Result, side_by_side
-from vptq_quantizer.training.end_to_end import tune
+from vptq_quantizer.run.verdict import NORM, measure_verdict
+from vptq_quantizer.training.end_to_end import MEASURED_TOKENS, tune
 from vptq_runtime.commands.progress import RunProgress
 from vptq_runtime.errors import OptionError, OutOfMemoryError, UnsupportedError
 from vptq_runtime.evaluate.dense_model import is_out_of_memory
 
+EXPECTED = "expected_kl_divergence"  # of a plan, where it is written down
 FULL_BITS = 16  # a source of fewer bits a weight has been quantised already
 
 
@@ -77,7 +81,8 @@ def quantize(
     this run is, and a later attempt takes it over. dry_run: only that plan is made, nothing is
     written; "plan" in what is returned says it.
 
-    Returns what report.json says: "layers" (report.py), the summary, "finished". Raises VPTQError for
+    Returns what report.json says: "layers" (report.py), the summary, "plan" with the size of the file to
+    come, "finished", and then "verdict" (verdict.py) where there is text. Raises VPTQError for
     whatever is wrong with the model, the text, the options or the disk; what is finished stays.
     """
     checkpoint = open_checkpoint(dense_model)
@@ -118,12 +123,16 @@ def quantize(
         store = HessianStore(Path(hessians), model, source)
     what = {**asdict(options), "model": model, "calibration": source}
     expected = None
+    name = os.fsencode(Path(out_dir).absolute().name).decode(errors="replace")
+    sizes = FileSizes.of(checkpoint, dense.model, name)
     if plan is None:
-        plan, expected = _plan(dense, options, text, earlier_plan(Path(out_dir), what), tell)
-        what["plan"] = plan.quantization_config(_biases(dense))
+        plan, expected = _plan(dense, options, text, sizes, earlier_plan(Path(out_dir), what), tell)
+        what["plan"] = {**plan.quantization_config(_biases(dense)), EXPECTED: expected}
+    written = {**plan.quantization_config(_biases(dense)), EXPECTED: expected}
+    planned = {"bits_per_weight": plan.bits_per_weight, "file_bytes": sizes.file(plan), **written}
     if dry_run:
-        return _dry_report(checkpoint.name, options, plan, expected, dense.n_layers)
-    run = _Run(dense, options, plan, _stored_dtype(checkpoint), text, store, tell)
+        return _dry_report(checkpoint.name, options, planned, dense.n_layers)
+    run = _Run(dense, options, plan, planned, _stored_dtype(checkpoint), text, store, tell)
     with CheckpointWriter(Path(out_dir), what) as writer:
         return run.into(writer, wanted)
 
@@ -132,21 +141,27 @@ def _plan(
     dense: DenseModel,
     options: QuantizeOptions,
     text: Calibration | None,
+    sizes: FileSizes,
     earlier: Section | None,
     tell: Callable[[str], None],
 ) -> tuple[Plan, float | None]:
-    """The plan that an earlier attempt has made, or a new one and the KL divergence to expect."""
+    """The plan that an earlier attempt has made, or a new one, and the KL divergence to expect."""
     if earlier is not None:
         shapes = dense.linear_shapes()
         modules = {f"model.layers.{n}.{name}": shapes[name] for n in range(dense.n_layers) for name in shapes}
-        return Plan.parse(earlier, modules, _biases(dense)), None
+        expected = earlier.values.get(EXPECTED)
+        if expected is not None and not (isinstance(expected, float) and expected >= 0):
+            raise earlier.error(EXPECTED, expected, "nats a token, or null")
+        return Plan.parse(earlier, modules, _biases(dense)), expected
     with RunProgress(1, 0, tell) as progress:
-        costs = measure_costs(dense, options, text, lambda what: progress.show(f"plan: {what}"))
-    return costs.plan(options.target_bits or DEFAULT_BITS)
+        costs = measure_costs(
+            dense, options, text, sizes if options.fit else None, lambda what: progress.show(f"plan: {what}")
+        )
+    return costs.plan(options)
 
 
 def _dry_report(
-    model: str, options: QuantizeOptions, plan: Plan, expected: float | None, n_layers: int
+    model: str, options: QuantizeOptions, planned: dict[str, Any], n_layers: int
 ) -> dict[str, Any]:
     """What would be done."""
     return {
@@ -155,11 +170,7 @@ def _dry_report(
         "finished": False,
         "n_layers": n_layers,
         "layers": [],
-        "plan": {
-            "bits_per_weight": plan.bits_per_weight,
-            "expected_kl_divergence": expected,
-            **plan.quantization_config(set()),
-        },
+        "plan": planned,
     }
 
 
@@ -168,6 +179,7 @@ class _Run:
     dense: DenseModel
     options: QuantizeOptions
     plan: Plan
+    planned: dict[str, Any]  # what the report says of the plan
     dtype: torch.dtype  # of the new checkpoint
     text: Calibration | None
     store: HessianStore | None
@@ -191,9 +203,13 @@ class _Run:
             options |= {"samples": None, "seq_len": None}
         source = source_of(self.dense.model)
         report = run_report(self.dense.checkpoint.name, source, options, n_layers, reports)
+        report["plan"] = self.planned
         if report["finished"]:
             if self.options.end_to_end and self.text is not None:
                 report["end_to_end"] = self.tune(writer, self.text)
+            verdict = self.verdict(writer)
+            if verdict is not None:
+                report["verdict"] = verdict
             writer.finish(self.dense, self.dtype, self.quantization_config(), report)
         return report
 
@@ -249,13 +265,11 @@ class _Run:
 
     def _finished(self, n: int, writer: CheckpointWriter) -> dict[str, Tensor]:
         """The weights that a finished decoder layer's linear layers stand for, by their path in it."""
-        tensors = writer.read(n).tensors
-        weights = {}
-        for name, config in self.plan.layer(n).items():
-            prefix = f"model.layers.{n}.{name}."
-            fields = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-            weights[name] = QuantizedLinear.from_tensors(config, fields).weight().to(self.dense.device)
-        return weights
+        prefix = f"model.layers.{n}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in writer.read(n).tensors.items()}
+        return {
+            path: weight.to(self.dense.device) for path, weight in decoded(self.plan.layer(n), own).items()
+        }
 
     def _layers(
         self, pending: Sequence[int], progress: RunProgress
@@ -382,6 +396,27 @@ class _Run:
         for n, tensors in tuned.items():
             writer.write(n, Part(tensors, report), tuned=True)
         return report
+
+    def verdict(self, writer: CheckpointWriter) -> dict[str, float | int] | None:
+        """Of the whole model, once all layers are there, and trained if they are to be; None without text."""
+        if self.text is None:
+            return None
+        windows = self.text.held_out(max(1, MEASURED_TOKENS // self.text.windows.shape[1]))
+        if windows.shape[1] < 2:
+            return None
+        n_layers = self.dense.n_layers
+        tuned = writer.has_tuned(n_layers)
+
+        def tensors(n: int) -> Mapping[str, Tensor]:
+            if n == n_layers and not tuned:
+                return {NORM: stored(self.dense.checkpoint.tensor(NORM), self.dtype)}
+            return writer.read(n, tuned).tensors
+
+        with RunProgress(1, 0, self.tell) as progress:
+            return measure_verdict(
+                self.dense, self.plan, tensors, self.dtype, windows,
+                lambda at: progress.show(f"verdict: {at}"),
+            )  # fmt: skip
 
 
 def _bits(tensors: Mapping[str, Tensor], config: LayerConfig) -> dict[str, Any]:

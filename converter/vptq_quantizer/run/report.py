@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 #     "out_features", "in_features", "bits": of all its tensors but a bias,
 #     "proxy_error": {step: relative error}, "seconds": {step: s}}}}
 LayerReport = dict[str, Any]
+# Below these KL divergences, in nats a token; docs/quantize.md says what was seen at such numbers.
+JUDGEMENTS = (
+    (0.05, "close to the dense model"),
+    (0.5, "poorer than the dense model, and usable"),
+    (1.0, "much poorer than the dense model"),
+)
+RUINED = "ruined: it wants more bits, or --end-to-end's training"
 
 
 def source_of(model: Model) -> dict[str, Any]:
@@ -116,6 +123,17 @@ def plan_table(entries: Mapping[str, Mapping[str, Any]], n_layers: int) -> Table
         ]
         result.add_row(str(n), *cells)
     return result
+
+
+def verdict_line(verdict: Mapping[str, float | int]) -> str:
+    """What verdict.py has measured, in words."""
+    divergence = verdict["kl_divergence"]  # which may be no number, of a model that computes none
+    judgement = next((words for most, words in JUDGEMENTS if divergence < most), RUINED)
+    return (
+        f"KL divergence from the dense model {verdict['kl_divergence']:.4f} nats a token, perplexity "
+        f"{verdict['perplexity']:.4g} ({verdict['perplexity_ratio']:.3f} times the dense model's "
+        f"{verdict['dense_perplexity']:.4g}), on {verdict['n_tokens']} tokens held back: {judgement}"
+    )
 
 
 def check_plot(target: Path, out_dir: Path) -> None:

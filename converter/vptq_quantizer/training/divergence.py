@@ -38,6 +38,20 @@ def divergence_gradient(
     return total, gradient
 
 
+def comparison(expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
+    """As `divergence`, and both models' cross-entropy: sums over tokens in nats, (3,) in float64.
+
+    labels (n_tokens,): the tokens that did follow; -1 where none is known, and no cross-entropy counted.
+    """
+    totals = torch.zeros(3, dtype=torch.float64, device=found[0].device)
+    for rows, both in _chunks(expected, found):
+        totals[0] += _divergence(*both)
+        known = labels[rows] >= 0
+        for n, log_probabilities in enumerate(both, 1):
+            totals[n] -= log_probabilities[known, labels[rows][known]].double().sum()
+    return totals
+
+
 def _chunks(expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]):  # type: ignore[no-untyped-def]
     """Slices of the tokens, and both models' log-probabilities (n, n_vocab) of each slice, in float32."""
     n = max(1, MOST_LOGITS // len(found[1]))

@@ -109,6 +109,10 @@ def _update(segment: Segment, offsets: Tensor) -> int:
     new, new_res = book.encode(wanted)
     left = wanted - book.decode(new, new_res)
     gain = length[candidates] - left.square().sum(1)
+    same = new == old
+    if old_res is not None and new_res is not None:
+        same &= new_res == old_res
+    gain[same] = 0  # but for rounding
     best = gain.topk(min(n_most, len(gain))).indices
     best = best[gain[best] > 0]
     chosen = candidates[best]
