@@ -90,15 +90,14 @@ struct DenseRow<DType::q8_0> {
 // Eight lanes a block: four of them take the lower halves of its last 16 bytes, four the upper ones.
 template <DType Type>
 struct PackedRow {
-  static constexpr TypeLayout kLayout = layout_of(Type);
-  static constexpr bool kFive = kLayout.bits == 5;
-  static constexpr int kColumns = 4, kStepBytes = kWarp * kColumns / kLayout.block * kLayout.block_bytes;
+  static constexpr bool kFive = kBits<Type> == 5;
+  static constexpr int kColumns = 4, kStepBytes = kWarp * kColumns / kBlock<Type> * kBlockBytes<Type>;
   uint32_t halves;  // which half d is
   Place fifth, lower;
   uint32_t first;  // of the lane's columns, in its block
 
   VPTQ_DEVICE PackedRow(uint32_t byte, uint32_t lane)
-      : halves((byte + lane / 8 * kLayout.block_bytes) / 2),
+      : halves((byte + lane / 8 * kBlockBytes<Type>) / 2),
         fifth(2 * halves + kFifth<Type>),
         lower(2 * halves + kLower<Type> + lane % 4 * 4),
         first(lane % 8 * 4) {}

@@ -20,7 +20,7 @@ VPTQ_DEVICE float element(const std::byte* row, int i) {
     const float scale = half_to_float(*reinterpret_cast<const uint16_t*>(block));
     return scale * float(reinterpret_cast<const int8_t*>(block + 2)[i % kQ8Block]);
   }
-  if constexpr (layout_of(Type).bits == 4 || layout_of(Type).bits == 5) return packed_weight<Type>(row, i);
+  if constexpr (kBits<Type> == 4 || kBits<Type> == 5) return packed_weight<Type>(row, i);
 }
 
 template <DType Type>
