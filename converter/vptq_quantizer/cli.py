@@ -98,11 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     method.add_argument(
         "--finetune", action="store_true", help="fit codebooks, norms and indices of each layer once more"
     )
-    option(
-        method,
-        "end_to_end",
-        "steps of training the whole model: codebooks, norms and indices; 0: none",
-    )
+    option(method, "end_to_end", "steps of training the whole model: codebooks, norms and indices; 0: none")
     method.add_argument(
         "--no-hessian-weights",
         dest="hessian_weights",
@@ -142,9 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    options = QuantizeOptions(
-        **{name: getattr(arguments, name) for name in OPTION_NAMES if hasattr(arguments, name)}
-    )
+    options = QuantizeOptions(**{name: getattr(arguments, name) for name in OPTION_NAMES})
     layers = None
     if arguments.layers is not None:
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", arguments.layers)

@@ -34,7 +34,7 @@ class QuantizeOptions:
     second_order: bool = True  # a column's error moves into the columns after it; False: nearest centroids
     sequential: bool = False  # Hessians of what the quantised layers before give; False: of the dense model's
     finetune: bool = False  # layer by layer: codebooks and norms, and indices again
-    end_to_end: int = 0  # training steps of the whole model's codebooks and norms; 0: none
+    end_to_end: int = 0  # training steps of the whole model's codebooks, norms and indices; 0: none
     samples: int = 128  # windows of calibration text
     seq_len: int | None = None  # tokens of a window; None: DEFAULT_SEQ_LEN, or the model's context
     seed: int = 0

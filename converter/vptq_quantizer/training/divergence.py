@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-MOST_LOGITS = (
-    1 << 24
-)  # of one model at a time: 64 MB in float32, and some four times that while they are used
+# Of one model at a time: 64 MB in float32, and some four times that while they are used.
+MOST_LOGITS = 1 << 24
 
 
 def divergence(expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> Tensor:
@@ -52,18 +53,18 @@ def comparison(expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor], la
     return totals
 
 
-def _chunks(expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]):  # type: ignore[no-untyped-def]
+def _chunks(
+    expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]
+) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
     """Slices of the tokens, and both models' log-probabilities (n, n_vocab) of each slice, in float32."""
     n = max(1, MOST_LOGITS // len(found[1]))
     for start in range(0, len(found[0]), n):
         rows = slice(start, start + n)
-        yield (
-            rows,
-            [
-                (hidden[rows].to(output.dtype) @ output.T).float().log_softmax(-1)
-                for hidden, output in (expected, found)
-            ],
-        )
+        yield rows, (_log_probabilities(rows, *expected), _log_probabilities(rows, *found))
+
+
+def _log_probabilities(rows: slice, hidden: Tensor, output: Tensor) -> Tensor:
+    return (hidden[rows].to(output.dtype) @ output.T).float().log_softmax(-1)
 
 
 def _divergence(p: Tensor, q: Tensor) -> Tensor:
