@@ -44,7 +44,9 @@ LINEARS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-EMBEDDING = "model.embed_tokens"  # (n_vocab, n_embd), dense or quantised as linear layers are
+# Both (n_vocab, n_embd), dense or quantised as the linear layers are.
+EMBEDDING = "model.embed_tokens"
+OUTPUT = "lm_head"
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 
 ARCHITECTURES = {
@@ -177,7 +179,7 @@ def read_model(checkpoint: Checkpoint) -> Model:
             weights.append(Weight(f"blk.{n}.{gguf_name}", *linear, n_heads_permuted=heads.get(name, 0)))
     weights.append(Weight("output_norm", finder.dense("model.norm", h.n_embd)))
     if not _tied(checkpoint, finder):
-        weights.append(Weight("output", *finder.linear("lm_head", h.n_vocab, h.n_embd, bias=False)))
+        weights.append(Weight("output", *finder.linear(OUTPUT, h.n_vocab, h.n_embd, bias=False)))
     finder.check_nothing_left()
     return Model(architecture, h, weights)
 
@@ -368,12 +370,16 @@ def _tied(checkpoint: Checkpoint, finder: _Finder) -> bool:
     """Whether the output shares the embedding's weight. A second copy of it in the checkpoint is left out."""
     if (
         not checkpoint.config.boolean("tie_word_embeddings", default=False)
-        or finder.entry("lm_head") is not None
+        or finder.entry(OUTPUT) is not None
     ):
         return False
-    if "lm_head.weight" in checkpoint.tensors and finder.entry(EMBEDDING) is None:
-        embedding = checkpoint.tensor("model.embed_tokens.weight")
-        output = checkpoint.tensor("lm_head.weight").expect((embedding.dtype,), embedding.shape)
+    if f"{OUTPUT}.weight" in checkpoint.tensors:
+        if finder.entry(EMBEDDING) is not None:
+            raise checkpoint.tensor(f"{OUTPUT}.weight").error(
+                "a matrix beside an embedding that is a VPTQ layer", "none: tie_word_embeddings is true"
+            )
+        embedding = checkpoint.tensor(f"{EMBEDDING}.weight")
+        output = checkpoint.tensor(f"{OUTPUT}.weight").expect((embedding.dtype,), embedding.shape)
         if not all(np.array_equal(a, b) for a, b in zip(output.chunks(), embedding.chunks(), strict=True)):
             raise output.error("other values than the embedding's", "the same: tie_word_embeddings is true")
     return True

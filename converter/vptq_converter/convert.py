@@ -133,11 +133,12 @@ def convert(
 def _planned_types(checkpoint: Checkpoint) -> dict[str, str]:
     """What the checkpoint's maker wants of the embedding and the output matrix; raises FileError."""
     quantization = checkpoint.config.section("quantization_config")
+    known = [type for type in DENSE_TYPES if type != VQ]  # that is a matter of the layers' own entries
     found = {}
     for name, key in (("token_embd", "embedding_type"), ("output", "output_type")):
         found[name] = quantization.values.get(key, "auto")
-        if found[name] not in DENSE_TYPES:
-            raise quantization.error(key, found[name], f"one of {', '.join(DENSE_TYPES)}")
+        if found[name] not in known:
+            raise quantization.error(key, found[name], f"one of {', '.join(known)}")
     return found
 
 

@@ -130,6 +130,27 @@ def test_an_embedding_of_both_kinds(tmp_path: Path) -> None:
         convert(source, tmp_path / "out.gguf")
 
 
+def test_a_dense_output_that_would_be_tied_to_it(tmp_path: Path) -> None:
+    source, weight = checkpoint(tmp_path / "checkpoint", tied=True)
+
+    def add_output(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = torch.from_numpy(weight)
+
+    change_tensors(source, add_output)
+    with pytest.raises(FileError, match=r"tensor lm_head.weight: found a matrix beside an embedding .*none"):
+        convert(source, tmp_path / "out.gguf")
+
+
+def test_a_checkpoint_names_no_vq(tmp_path: Path) -> None:
+    """What kind of layer it is, config_for_layers says."""
+    source, _ = checkpoint(tmp_path / "checkpoint", tied=True)
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["embedding_type"] = "vq"
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FileError, match=r"embedding_type: found 'vq', expected one of auto, f16, "):
+        convert(source, tmp_path / "out.gguf")
+
+
 def test_inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, weight = checkpoint(tmp_path / "checkpoint", tied=True)
     dense, vptq = tmp_path / "dense.gguf", tmp_path / "vptq.gguf"

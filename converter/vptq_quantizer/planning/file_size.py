@@ -42,7 +42,7 @@ class FileSizes:
         freqs = model.hyperparameters.rope_freqs
         if freqs is not None:
             others.append(TensorInfo("rope_freqs.weight", GGMLQuantizationType.F32, freqs.shape))
-        matrices = {w.name: w.weight.shape for w in model.weights if w.name in MATRICES}  # type: ignore[union-attr]
+        matrices = {w.name: w.weight.shape for w in model.weights if w.name in MATRICES}
         return cls(keys_bytes(model.architecture.gguf_name, keys), matrices, others)
 
     def linear(self, module: str, config: LayerConfig) -> int:
@@ -89,7 +89,7 @@ def _stored(type: str) -> GGMLQuantizationType:
 def _others(weight: Weight) -> list[TensorInfo]:
     """What is stored of a weight whatever the plan: a norm, a bias."""
     infos = []
-    shape = weight.weight.shape  # type: ignore[union-attr]
+    shape = weight.weight.shape
     if len(shape) == 1:
         infos.append(TensorInfo(f"{weight.name}.weight", SIXTEEN_BITS, shape))
     if weight.bias is not None:
