@@ -13,9 +13,17 @@ from rich.console import Console
 from vptq_converter.checkpoint import is_hub_id
 from vptq_converter.dense_gguf.checkpoint import open_checkpoint
 
-from vptq_quantizer.options import DEFAULT_BITS, DEFAULT_SEQ_LEN, OPTION_NAMES, QuantizeOptions
+from vptq_quantizer.options import DEFAULT_BITS, DEFAULT_SEQ_LEN, OPTION_NAMES, SCALAR_TYPES, QuantizeOptions
 from vptq_quantizer.planning.file_size import in_words
-from vptq_quantizer.run.report import check_plot, plan_table, plot, table, verdict_line
+from vptq_quantizer.run.report import (
+    check_plot,
+    matrix_line,
+    plan_table,
+    planned_types,
+    plot,
+    table,
+    verdict_line,
+)
 from vptq_runtime.commands import command
 from vptq_runtime.commands.progress import print_line
 from vptq_runtime.errors import FileError
@@ -79,6 +87,15 @@ def _parser() -> argparse.ArgumentParser:
     sizes.add_argument(
         "--dry-run", action="store_true", help="print the plan and what it is expected to cost; write nothing"
     )
+
+    matrices = parser.add_argument_group("embedding and output matrix, without --fit")
+    for name, note in (("embedding", ""), ("output", "; only where it is not the embedding")):
+        matrices.add_argument(
+            f"--{name}-type",
+            metavar="TYPE",
+            help=f"of the {name} matrix: {', '.join(SCALAR_TYPES)}, which vptq-convert makes of it, or "
+            f"vV-kK-R, as v2-k256-0: a VPTQ layer of that vector length and these codebooks{note}",
+        )
 
     text = parser.add_argument_group("calibration")
     text.add_argument("--calibration", metavar="FILE", nargs="+", default=[], help="text files")
@@ -186,9 +203,7 @@ def _show(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
         planned = report["plan"]
         Console().print(plan_table(planned["config_for_layers"], report["n_layers"]))
         types = ", ".join(
-            f"{name.removesuffix('_type')} in {planned[name]}"
-            for name in ("embedding_type", "output_type")
-            if name in planned
+            f"{name.removesuffix('_type')} in {type}" for name, type in planned_types(planned).items()
         )
         print(
             f"{planned['bits_per_weight']:.3f} bits per weight of the linear layers{types and '; '}{types}; "
@@ -198,6 +213,8 @@ def _show(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
             print(f"KL divergence to expect, without training: about {planned['expected_kl_divergence']:.2f}")
         return
     Console().print(table(report["layers"]))
+    for module, matrix in report.get("matrices", {}).items():
+        print(matrix_line(module, matrix))
     if "end_to_end" in report:
         before, after = report["end_to_end"]["kl_divergence"]
         kept = "" if report["end_to_end"]["kept"] else ": no better, so the training is not kept"

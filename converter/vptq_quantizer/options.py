@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from math import ceil
 
+from vptq_converter.architectures import EMBEDDING, OUTPUT
+from vptq_converter.dense import OPTION_TYPES
 from vptq_converter.layer import MAX_CENTROIDS, MAX_VECTOR_LENGTH, LayerConfig
 
 from vptq_runtime.errors import OptionError
 
 DEFAULT_BITS = 2.0  # per weight, where neither v and k nor a size are given
 DEFAULT_SEQ_LEN = 2048
+MATRICES = {"embedding_type": EMBEDDING, "output_type": OUTPUT}  # modules outside of decoder layers
+CONFIGURATION = re.compile(r"v(\d{1,9})-k(\d{1,9})-(\d{1,9})")  # of a VPTQ layer: v, k and r
+SCALAR_TYPES = tuple(type for type in OPTION_TYPES if type != "bf16")
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,10 @@ class QuantizeOptions:
     target_bits: float | None = None  # per weight of all linear layers, all that is stored counted; None:
     # DEFAULT_BITS, without v and k
     fit: int | None = None  # bytes of the GGUF file, at most: embedding and output matrix are chosen, too
+    # How these matrices are stored: a type of vptq-convert's, or "v4-k256-0", as a VPTQ layer of that v, k
+    # and r; None: in 16 bits, or as `fit` has chosen.
+    embedding_type: str | None = None
+    output_type: str | None = None  # None, too, where the embedding is the output matrix
     damping: float = 0.01  # times the Hessian's mean diagonal, added to its diagonal
     normalize: bool = True  # input columns to mean 0 and variance 1
     hessian_weights: bool = True  # k-means weighs each column by h_ii; False: all alike
@@ -75,6 +85,8 @@ class QuantizeOptions:
         if type(self.damping) not in (int, float) or not 0 < self.damping <= 10:
             raise option_error("damping", self.damping, "a number above 0, at most 10")
         self._check_target()
+        for name in MATRICES:
+            self._check_matrix(name)
 
     def _check_target(self) -> None:
         """Either v and k, or a size for which they are chosen."""
@@ -103,6 +115,42 @@ class QuantizeOptions:
                     getattr(self, name),
                     "--vector-len and --centroids with it: a plan chooses for itself",
                 )
+
+    def _check_matrix(self, name: str) -> None:
+        """The type of the embedding or the output matrix."""
+        value = getattr(self, name)
+        if value is None:
+            return
+        if self.fit is not None:
+            raise OptionError(f"--fit: found {_spelled(name)} beside it, expected either")
+        if not isinstance(value, str) or (value not in SCALAR_TYPES and self._of_matrix(name, value) is None):
+            raise option_error(name, value, f"{', '.join(SCALAR_TYPES)}, or vV-kK-R, as v4-k256-0")
+
+    def _of_matrix(self, name: str, value: str) -> QuantizeOptions | None:
+        """The options for a matrix that is to be a VPTQ layer, as `value` says; None for any other type."""
+        match = CONFIGURATION.fullmatch(value)
+        if match is None:
+            return None
+        v, k, r = map(int, match.groups())
+        try:
+            return replace(
+                self, vector_len=v, centroids=k, res_centroids=r, groups=1, outliers=0.0,
+                target_bits=None, fit=None, embedding_type=None, output_type=None,
+            )  # fmt: skip
+        except OptionError as error:
+            raise OptionError(f"{_spelled(name)} {value}: {error}") from error
+
+    def matrix_config(self, name: str, n_vocab: int, n_embd: int) -> LayerConfig | None:
+        """How a matrix is quantised, by its name in MATRICES; None where it is to be no VPTQ layer. Raises
+        OptionError where it is too small."""
+        value = getattr(self, name)
+        options = self._of_matrix(name, value) if value is not None else None
+        if options is None:
+            return None
+        try:
+            return options.layer_config(MATRICES[name], n_vocab, n_embd)
+        except OptionError as error:
+            raise OptionError(f"{_spelled(name)} {value}: {error}") from error
 
     @property
     def by_hand(self) -> bool:

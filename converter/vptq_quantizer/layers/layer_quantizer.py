@@ -29,20 +29,30 @@ class Problem:
     """A weight (out_features, in_features) in float32, and the Hessian that its error is measured with.
 
     damped is (in_features, in_features), `damping` on its diagonal included. name: the layer's, for errors.
+    rows (out_features,): what errors of an output count, None: all alike. Of a vector's outputs it is their
+    mean, by which k-means weighs; the nearest centroid is that of all alike.
     """
 
     weight: Tensor
     damped: Tensor
     damping: float
     name: str = "layer"
+    rows: Tensor | None = None
 
     @classmethod
-    def of(cls, weight: Tensor, hessian: Tensor, relative_damping: float, name: str = "layer") -> Problem:
+    def of(
+        cls,
+        weight: Tensor,
+        hessian: Tensor,
+        relative_damping: float,
+        name: str = "layer",
+        rows: Tensor | None = None,
+    ) -> Problem:
         """damping: relative_damping times the mean diagonal; 1 where that is 0, without any input."""
         damping = relative_damping * float(hessian.diagonal().mean()) or 1.0
         damped = hessian.clone()
         damped.diagonal().add_(damping)
-        return cls(weight, damped, damping, name)
+        return cls(weight, damped, damping, name, rows)
 
     def normalised(self, perm: Tensor, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         """The weight's columns, as rows: (in_features, out_features), and the damped Hessian, in normalised,
@@ -66,15 +76,13 @@ class Problem:
         return ((difference @ self.damped) * difference).sum()
 
     def relative_error(self, quantised: Tensor) -> float:
-        """The proxy error tr(D H D^T) / tr(W H W^T), without damping."""
+        """The proxy error tr(R D H D^T) / tr(R W H W^T), without damping; R has `rows` on its diagonal."""
         difference = self.weight - quantised
-        errors = [
-            float(
-                ((w @ self.damped) * w).sum(dtype=torch.float64)
-                - self.damping * w.square().sum(dtype=torch.float64)
-            )
-            for w in (difference, self.weight)
-        ]
+        errors = []
+        for w in (difference, self.weight):
+            of_rows = ((w @ self.damped) * w).sum(1, dtype=torch.float64)
+            of_rows -= self.damping * w.square().sum(1, dtype=torch.float64)
+            errors.append(float((of_rows if self.rows is None else of_rows * self.rows).sum()))
         return errors[0] / errors[1] if errors[1] > 0 else 0.0
 
 
@@ -114,7 +122,8 @@ def quantize_linear(
     parts += [(config.group_size, config.v, config.k, config.r)] * config.g
     for width, v, k, r in parts:
         columns = slice(start, start + width)
-        codebook = _train_codebook(normalised[columns], column_weights[columns], v, k, r, generator, show)
+        weights = _vector_weights(column_weights[columns], problem.rows, config.out_features // v, v)
+        codebook = _train_codebook(normalised[columns], weights, v, k, r, generator, show)
         codebook = codebook.rounded(dtype)
         problem.check("centroids", codebook.centroids, most)
         problem.check("residual centroids", codebook.res_centroids, most)
@@ -137,15 +146,23 @@ def quantize_linear(
 
 def _train_codebook(
     columns: Tensor,
-    column_weights: Tensor,
+    weights: Tensor,
     v: int,
     k: int,
     r: int,
     generator: torch.Generator,
     show: Callable[[str], object],
 ) -> Codebook:
-    """Of columns (width, out_features), cut into vectors; a rest that fills none trains nothing."""
+    """Of columns (width, out_features), cut into vectors that count by weights (width * n_blocks,); a rest
+    that fills none trains nothing."""
     width, out_features = columns.shape
     n_blocks = out_features // v
     vectors = columns[:, : n_blocks * v].reshape(width * n_blocks, v)
-    return train(vectors, column_weights.repeat_interleave(n_blocks), k, r, generator, show)
+    return train(vectors, weights, k, r, generator, show)
+
+
+def _vector_weights(columns: Tensor, rows: Tensor | None, n_blocks: int, v: int) -> Tensor:
+    """What each vector counts (width * n_blocks,), from its column's weight (width,) and its rows'."""
+    if rows is None:
+        return columns.repeat_interleave(n_blocks)
+    return torch.outer(columns, rows[: n_blocks * v].view(n_blocks, v).mean(1)).flatten()

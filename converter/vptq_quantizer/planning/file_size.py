@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gguf import GGMLQuantizationType
-from vptq_converter.architectures import LINEARS, Model, Weight
+from vptq_converter.architectures import EMBEDDING, LINEARS, OUTPUT, Model, Weight
 from vptq_converter.checkpoint import Checkpoint
 from vptq_converter.convert import file_keys, layer_infos
 from vptq_converter.dense import OPTION_TYPES, block_size
@@ -17,7 +17,7 @@ from vptq_converter.tokenizer import read_tokenizer
 from vptq_quantizer.planning.plan import AUTO, Plan
 
 SIXTEEN_BITS = GGMLQuantizationType.F16  # or bfloat16: of the same size
-MATRICES = ("token_embd", "output")
+MATRICES = {EMBEDDING: "token_embd", OUTPUT: "output"}  # names in the file, by module path
 MATRIX_TYPES = (AUTO, "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # AUTO: 16 bits, as the checkpoint has them
 
 
@@ -42,8 +42,12 @@ class FileSizes:
         freqs = model.hyperparameters.rope_freqs
         if freqs is not None:
             others.append(TensorInfo("rope_freqs.weight", GGMLQuantizationType.F32, freqs.shape))
-        matrices = {w.name: w.weight.shape for w in model.weights if w.name in MATRICES}
+        matrices = {w.name: w.weight.shape for w in model.weights if w.name in MATRICES.values()}
         return cls(keys_bytes(model.architecture.gguf_name, keys), matrices, others)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the embedding and the output matrix, by module path."""
+        return {module: self.matrices[name] for module, name in MATRICES.items() if name in self.matrices}
 
     def linear(self, module: str, config: LayerConfig) -> int:
         """Of the linear layer at that module path, without its bias; at most, as with `matrix`."""
@@ -65,8 +69,10 @@ class FileSizes:
     def file(self, plan: Plan) -> int:
         """The whole file."""
         types = {"token_embd": plan.embedding_type, "output": plan.output_type}
-        infos = [*self.others, *(self._matrix(name, types[name]) for name in self.matrices)]
-        infos += [info for item in plan.linears.items() for info in _linear(*item)]
+        scalars = self.matrices.keys() - {MATRICES[module] for module in plan.matrices}
+        infos = [*self.others, *(self._matrix(name, types[name]) for name in scalars)]
+        layers = {**plan.linears, **plan.matrices}
+        infos += [info for item in layers.items() for info in _linear(*item)]
         directory = self.keys_bytes + sum(info.entry_bytes for info in infos)
         return padded(directory) + sum(padded(info.nbytes) for info in infos)
 
@@ -98,8 +104,11 @@ def _others(weight: Weight) -> list[TensorInfo]:
 
 
 def _linear(module: str, config: LayerConfig) -> Iterable[TensorInfo]:
-    _, _, n, path = module.split(".", 3)
-    return layer_infos(f"blk.{n}.{LINEARS[path]}", config, SIXTEEN_BITS).values()
+    name = MATRICES.get(module)
+    if name is None:
+        _, _, n, path = module.split(".", 3)
+        name = f"blk.{n}.{LINEARS[path]}"
+    return layer_infos(name, config, SIXTEEN_BITS).values()
 
 
 def _most_bytes(infos: Iterable[TensorInfo]) -> int:

@@ -1,16 +1,17 @@
-"""A plan: the configuration of every linear layer of a model, and the types of its dense matrices."""
+"""A plan: the configuration of every linear layer of a model, and how embedding and output are stored."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import log2, prod
 from typing import Any
 
 from vptq_converter.config import Section
+from vptq_converter.dense import OPTION_TYPES, block_size
 from vptq_converter.layer import LayerConfig
 
-from vptq_quantizer.options import QuantizeOptions
+from vptq_quantizer.options import MATRICES, QuantizeOptions, option_error
 from vptq_runtime.errors import OptionError
 
 VECTOR_LENS = (16, 12, 8, 6, 4, 2)  # of the runtime's kernels, the longest first
@@ -21,12 +22,14 @@ AUTO = "auto"  # type of a dense matrix: as the checkpoint has it
 class Plan:
     """linears: by module path ("model.layers.0.self_attn.q_proj"), in the file's order.
 
-    embedding_type, output_type: what vptq-convert makes of these matrices, in its words.
+    embedding_type, output_type: what vptq-convert makes of these matrices, in its words. matrices: those that
+    are VPTQ layers instead, by module path ("model.embed_tokens", "lm_head").
     """
 
     linears: Mapping[str, LayerConfig]
     embedding_type: str = AUTO
     output_type: str = AUTO
+    matrices: Mapping[str, LayerConfig] = field(default_factory=dict)
 
     def layer(self, n: int) -> dict[str, LayerConfig]:
         """Decoder layer n's linear layers by their path in it."""
@@ -48,20 +51,43 @@ class Plan:
 
     def quantization_config(self, biases: set[str]) -> dict[str, Any]:
         """What config.json says of it, and a run's file; biases: the modules that have one."""
-        types = {"embedding_type": self.embedding_type, "output_type": self.output_type}
+        types = {name: getattr(self, name) for name in MATRICES}
         return {
             "config_for_layers": {
-                module: config_entry(config, module in biases) for module, config in self.linears.items()
+                module: config_entry(config, module in biases)
+                for module, config in {**self.linears, **self.matrices}.items()
             },
             **{name: type for name, type in types.items() if type != AUTO},
         }
 
+    def with_matrices(self, options: QuantizeOptions, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
+        """The plan with embedding and output matrix as the options name them.
+
+        shapes: (n_vocab, n_embd) of each by module path, "lm_head" only where it is not the embedding. Raises
+        OptionError for what does not suit the model.
+        """
+        types = {name: getattr(self, name) for name in MATRICES}
+        matrices: dict[str, LayerConfig] = {}
+        for name, module in MATRICES.items():
+            asked = getattr(options, name)
+            if asked is None:
+                continue
+            if module not in shapes:
+                raise option_error(name, asked, "none: the model's embedding is its output matrix, too")
+            n_vocab, n_embd = shapes[module]
+            config = options.matrix_config(name, n_vocab, n_embd)
+            if config is not None:
+                matrices[module] = config
+            elif n_embd % (block := block_size(OPTION_TYPES[asked])):
+                raise option_error(name, asked, f"rows of a multiple of {block} weights, not of {n_embd}")
+            else:
+                types[name] = asked
+        return replace(self, **types, matrices=matrices)
+
     @classmethod
     def parse(cls, entry: Section, linears: Mapping[str, tuple[int, int]], biases: set[str]) -> Plan:
-        """What quantization_config has written, for linear layers (out_features, in_features) by module path.
-
-        Raises FileError for a plan of other layers, or one that is none.
-        """
+        """What quantization_config has written of a plan without matrices, for linear layers (out_features,
+        in_features) by module path. Raises FileError for a plan of other layers, or one that is none."""
         layers = entry.section("config_for_layers")
         if layers.values.keys() != linears.keys():
             raise entry.error("config_for_layers", f"{len(layers.values)} layers", "those of the model")
@@ -69,11 +95,11 @@ class Plan:
             module: LayerConfig.parse(layers.section(module), *shape, module in biases)
             for module, shape in linears.items()
         }
-        types = [entry.values.get(name, AUTO) for name in ("embedding_type", "output_type")]
-        for name, type in zip(("embedding_type", "output_type"), types, strict=True):
+        types = {name: entry.values.get(name, AUTO) for name in MATRICES}
+        for name, type in types.items():
             if not isinstance(type, str):
                 raise entry.error(name, type, "the name of a type")
-        return cls(configs, *types)
+        return cls(configs, **types)
 
 
 def config_entry(config: LayerConfig, bias: bool) -> dict[str, Any]:

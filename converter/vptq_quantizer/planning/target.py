@@ -59,10 +59,10 @@ class Costs:
         budget = self._budget(options, least_size(choices))
         chosen = allocate(choices, budget)
         stored = dict(zip((*self.linears, *self.matrices), (choice.stored for choice in chosen), strict=True))
-        types = [str(stored.pop(name, AUTO)) for name in MATRICES]
+        embedding_type, output_type = (str(stored.pop(name, AUTO)) for name in MATRICES.values())
         configs = {module: config for module, config in stored.items() if isinstance(config, LayerConfig)}
         loss = sum(choice.loss for choice in chosen)
-        return Plan(configs, *types), loss if self.are_divergences else None
+        return Plan(configs, embedding_type, output_type), loss if self.are_divergences else None
 
     def _budget(self, options: QuantizeOptions, smallest: int) -> int:
         if self.sizes is not None:

@@ -45,7 +45,8 @@ COPIED_FILES = (
 
 @dataclass(frozen=True)
 class Part:
-    """One decoder layer: its tensors by full name, and what the report says of it."""
+    """One decoder layer, or under the number n_layers the matrices outside of them: tensors by full name, and
+    what the report says of them."""
 
     tensors: dict[str, Tensor]
     report: dict[str, Any]
@@ -195,11 +196,16 @@ class CheckpointWriter:
         """The checkpoint: a shard for each decoder layer, one for the rest; config.json comes last."""
         n_shards = dense.n_layers + 1
         names = [f"model-{n + 1:05}-of-{n_shards:05}.safetensors" for n in range(n_shards)]
+        quantised = {f"{module}.weight" for module in quantization["config_for_layers"]}
         rest = {
             weight.weight.name: stored(weight.weight, dtype)
             for weight in dense.model.weights
-            if not weight.name.startswith("blk.") and isinstance(weight.weight, StoredTensor)
+            if not weight.name.startswith("blk.")
+            and isinstance(weight.weight, StoredTensor)
+            and weight.weight.name not in quantised
         }
+        if self.has(dense.n_layers):
+            rest |= self.read(dense.n_layers).tensors
         tuned = self.has_tuned(dense.n_layers)
         if tuned:
             rest |= self.read(dense.n_layers, tuned=True).tensors

@@ -19,7 +19,6 @@ from vptq_converter.architectures import LINEARS
 from vptq_converter.checkpoint import Checkpoint
 from vptq_converter.config import Section
 from vptq_converter.dense_gguf.checkpoint import open_checkpoint
-from vptq_converter.layer import LayerConfig
 
 from vptq_quantizer.calibration.hessians import HESSIAN_OF, HessianStore, collect, model_key
 from vptq_quantizer.calibration.sequential import GROUPS, Streams, target
@@ -33,7 +32,8 @@ from vptq_quantizer.planning.file_size import FileSizes
 from vptq_quantizer.planning.plan import Plan, uniform_plan
 from vptq_quantizer.planning.target import measure_costs
 from vptq_quantizer.run.checkpoint_writer import CheckpointWriter, Part, copied_files, earlier_plan, stored
-from vptq_quantizer.run.report import run_report, source_of
+from vptq_quantizer.run.matrices import quantize_matrices
+from vptq_quantizer.run.report import layer_bits, run_report, source_of
 from vptq_quantizer.run.side_by_side import MOST_IN_FEATURES, Result, side_by_side
 from vptq_quantizer.run.verdict import NORM, measure_verdict
 from vptq_quantizer.training.end_to_end import MEASURED_TOKENS, tune
@@ -97,6 +97,9 @@ def quantize(
         )
     options = options.for_model(dense.model.hyperparameters.n_ctx_train)
     plan = uniform_plan(options, dense.n_layers, dense.linear_shapes()) if options.by_hand else None
+    name = os.fsencode(Path(out_dir).absolute().name).decode(errors="replace")
+    sizes = FileSizes.of(checkpoint, dense.model, name)
+    matrices = Plan({}).with_matrices(options, sizes.shapes()).matrices
     wanted = _range(layers, dense.n_layers)
     text = None
     if calibration:
@@ -110,6 +113,11 @@ def quantize(
         raise OptionError("--end-to-end: found no --calibration, expected text to train on")
     elif options.sequential:
         raise OptionError("--sequential: found no --calibration, expected text to run through the model")
+    elif matrices:
+        raise OptionError(
+            f"--calibration: found no text, expected some: {' and '.join(matrices)} are quantised by how "
+            "often tokens come"
+        )
     if options.sequential and hessians is not None:
         raise OptionError(
             "--hessians: found --sequential, too, expected one of them: those that are kept are of the dense "
@@ -123,11 +131,10 @@ def quantize(
         store = HessianStore(Path(hessians), model, source)
     what = {**asdict(options), "model": model, "calibration": source}
     expected = None
-    name = os.fsencode(Path(out_dir).absolute().name).decode(errors="replace")
-    sizes = FileSizes.of(checkpoint, dense.model, name)
     if plan is None:
         plan, expected = _plan(dense, options, text, sizes, earlier_plan(Path(out_dir), what), tell)
         what["plan"] = {**plan.quantization_config(_biases(dense)), EXPECTED: expected}
+    plan = plan.with_matrices(options, sizes.shapes())
     written = {**plan.quantization_config(_biases(dense)), EXPECTED: expected}
     planned = {"bits_per_weight": plan.bits_per_weight, "file_bytes": sizes.file(plan), **written}
     if dry_run:
@@ -205,6 +212,8 @@ class _Run:
         report = run_report(self.dense.checkpoint.name, source, options, n_layers, reports)
         report["plan"] = self.planned
         if report["finished"]:
+            if self.plan.matrices and self.text is not None:
+                report["matrices"] = self.matrices(writer, self.text)
             if self.options.end_to_end and self.text is not None:
                 report["end_to_end"] = self.tune(writer, self.text)
             verdict = self.verdict(writer)
@@ -333,7 +342,7 @@ class _Run:
             for name, (quantised, report) in zip(group, self._done(tasks), strict=True):
                 weights[name] = quantised.weight()
                 fields = quantised.tensors(self.dtype)
-                reports[name] = report | _bits(fields, configs[name])
+                reports[name] = report | layer_bits(fields, configs[name])
                 tensors |= {f"model.layers.{n}.{name}.{field}": tensor for field, tensor in fields.items()}
                 error = list(report["proxy_error"].values())[-1]
                 progress.advance(f"layer {n}: {name}: proxy error {error:.4f}", modules[name].weight.numel())
@@ -381,6 +390,17 @@ class _Run:
         """Of the new checkpoint, without the method's name."""
         return self.plan.quantization_config(_biases(self.dense))
 
+    def matrices(self, writer: CheckpointWriter, text: Calibration) -> dict[str, Any]:
+        """Quantises the plan's matrices, unless they are there: a part with the number n_layers."""
+        n_layers = self.dense.n_layers
+        if not writer.has(n_layers):
+            with RunProgress(1, 0, self.tell) as progress:
+                part = quantize_matrices(
+                    self.dense, self.plan, self.options, self.dtype, text.windows, progress.show
+                )
+            writer.write(n_layers, part)
+        return writer.read(n_layers, with_tensors=False).report
+
     def tune(self, writer: CheckpointWriter, text: Calibration) -> dict[str, Any]:
         """Trains the whole model, once all layers are there; what that gives stands beside the parts.
 
@@ -408,26 +428,17 @@ class _Run:
         tuned = writer.has_tuned(n_layers)
 
         def tensors(n: int) -> Mapping[str, Tensor]:
-            if n == n_layers and not tuned:
-                return {NORM: stored(self.dense.checkpoint.tensor(NORM), self.dtype)}
-            return writer.read(n, tuned).tensors
+            if n < n_layers:
+                return writer.read(n, tuned).tensors
+            norm = {NORM: stored(self.dense.checkpoint.tensor(NORM), self.dtype)}
+            matrices = writer.read(n).tensors if self.plan.matrices else {}
+            return norm | matrices | (writer.read(n, tuned=True).tensors if tuned else {})
 
         with RunProgress(1, 0, self.tell) as progress:
             return measure_verdict(
                 self.dense, self.plan, tensors, self.dtype, windows,
                 lambda at: progress.show(f"verdict: {at}"),
             )  # fmt: skip
-
-
-def _bits(tensors: Mapping[str, Tensor], config: LayerConfig) -> dict[str, Any]:
-    """What a layer takes, in all and for its indices, without its bias."""
-    indices = [tensor for name, tensor in tensors.items() if name.endswith("indices")]
-    return {
-        "out_features": config.out_features,
-        "in_features": config.in_features,
-        "bits": 8 * sum(tensor.nbytes for tensor in tensors.values()),
-        "index_bits": 8 * sum(tensor.nbytes for tensor in indices),
-    }
 
 
 def _device(name: str) -> torch.device:

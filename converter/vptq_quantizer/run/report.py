@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from vptq_converter.architectures import Model
-from vptq_converter.checkpoint import Tensor
+from vptq_converter.checkpoint import Tensor as StoredTensor
+from vptq_converter.layer import LayerConfig
 
+from vptq_quantizer.options import MATRICES
 from vptq_runtime.errors import FileError, OptionError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 # A layer's report: {"layer": n, "seconds": s, "linears": {path in the layer: {
 #     "out_features", "in_features", "bits": of all its tensors but a bias,
@@ -38,7 +41,7 @@ def source_of(model: Model) -> dict[str, Any]:
         weight.weight
         for weight in model.weights
         if weight.name.startswith("blk.")
-        and isinstance(weight.weight, Tensor)
+        and isinstance(weight.weight, StoredTensor)
         and len(weight.weight.shape) == 2
     ]
     n_weights = sum(prod(matrix.shape) for matrix in matrices)
@@ -46,6 +49,17 @@ def source_of(model: Model) -> dict[str, Any]:
     return {
         "bits_per_weight": 8 * sum(matrix.nbytes for matrix in matrices) / n_weights,
         "types": dict(types.most_common()),
+    }
+
+
+def layer_bits(tensors: Mapping[str, Tensor], config: LayerConfig) -> dict[str, Any]:
+    """What a layer takes, in all and for its indices, without its bias."""
+    indices = [tensor for name, tensor in tensors.items() if name.endswith("indices")]
+    return {
+        "out_features": config.out_features,
+        "in_features": config.in_features,
+        "bits": 8 * sum(tensor.nbytes for tensor in tensors.values()),
+        "index_bits": 8 * sum(tensor.nbytes for tensor in indices),
     }
 
 
@@ -108,21 +122,36 @@ def table(layers: Sequence[LayerReport]) -> Table:
     return result
 
 
+def matrix_line(module: str, report: Mapping[str, Any]) -> str:
+    """What became of the embedding or the output matrix as a VPTQ layer; report: as of a linear layer."""
+    bits = report["bits"] / (report["out_features"] * report["in_features"])
+    steps = ", ".join(f"{step} {error:.4f}" for step, error in report["proxy_error"].items())
+    return f"{module}: {bits:.3f} bits per weight, relative proxy error after {steps}"
+
+
+def planned_types(planned: Mapping[str, Any]) -> dict[str, str]:
+    """How embedding and output matrix are to be stored, where not in 16 bits, by their options' names."""
+    entries = planned["config_for_layers"]
+    layers = {name: _configuration(entries[module]) for name, module in MATRICES.items() if module in entries}
+    return {name: planned[name] for name in MATRICES if name in planned} | layers
+
+
 def plan_table(entries: Mapping[str, Mapping[str, Any]], n_layers: int) -> Table:
     """A row for each decoder layer, a column for each kind of matrix: vV-kK-R, and -n without a norm."""
     result = Table(title="Configurations")
-    kinds = dict.fromkeys(module.split(".", 3)[3] for module in entries)
+    kinds = dict.fromkeys(module.split(".", 3)[3] for module in entries if module not in MATRICES.values())
     for name in ["layer", *(kind.rpartition(".")[2] for kind in kinds)]:
         result.add_column(name, justify="right", overflow="fold")
     for n in range(n_layers):
-        found = [entries[f"model.layers.{n}.{kind}"] for kind in kinds]
-        cells = [
-            f"v{e['vector_lens'][1]}-k{e['num_centroids'][1]}-{max(0, e['num_res_centroids'][1])}"
-            f"{'' if e['enable_norm'] else '-n'}"
-            for e in found
-        ]
+        cells = [_configuration(entries[f"model.layers.{n}.{kind}"]) for kind in kinds]
         result.add_row(str(n), *cells)
     return result
+
+
+def _configuration(entry: Mapping[str, Any]) -> str:
+    """Of a layer in config_for_layers: vV-kK-R, and -n without a norm."""
+    v, k, r = entry["vector_lens"][1], entry["num_centroids"][1], max(0, entry["num_res_centroids"][1])
+    return f"v{v}-k{k}-{r}{'' if entry['enable_norm'] else '-n'}"
 
 
 def verdict_line(verdict: Mapping[str, float | int]) -> str:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
+from vptq_converter.architectures import EMBEDDING, OUTPUT
 from vptq_converter.dense import CHUNK_ELEMENTS, OPTION_TYPES, rounded
 
 from vptq_quantizer.dense_model import DenseModel
@@ -32,14 +33,19 @@ def measure_verdict(
     """Runs windows (n, seq_len) of at least two tokens through both models, a decoder layer in memory at a
     time.
 
-    tensors: those of the new checkpoint by full name, of decoder layer n, and for n_layers the final norm;
-    dtype: of its dense tensors. Embedding and output matrix are in the types that the plan names.
+    tensors: those of the new checkpoint by full name, of decoder layer n, and for n_layers the final norm and
+    the plan's matrices; dtype: of its dense tensors. Embedding and output matrix are as the plan has them.
 
     Returns "kl_divergence", the mean in nats a token, from the dense model; "perplexity",
     "dense_perplexity" and "perplexity_ratio" of the text; "n_tokens".
     """
     hidden = dense.embed(windows)
-    quantised = _as_stored(hidden.flatten(0, 1), dtype, plan.embedding_type).view(hidden.shape)
+    rest = tensors(dense.n_layers)
+    matrices = decoded(plan.matrices, rest)
+    if EMBEDDING in matrices:
+        quantised = matrices[EMBEDDING][torch.from_numpy(windows)]
+    else:
+        quantised = _as_stored(hidden.flatten(0, 1), dtype, plan.embedding_type).view(hidden.shape)
     if quantised.data_ptr() == hidden.data_ptr():
         quantised = hidden.clone()
     for n in range(dense.n_layers):
@@ -57,8 +63,10 @@ def measure_verdict(
     norm = torch.from_numpy(dense.checkpoint.tensor(NORM).finite())
     output = torch.from_numpy(output_matrix(dense).finite())
     tied = dense.model.weights[-1].name != "output"
-    stored_output = _as_stored(output, dtype, plan.embedding_type if tied else plan.output_type)
-    both = [(norm, output), (tensors(dense.n_layers)[NORM].float(), stored_output)]
+    stored_output = matrices.get(EMBEDDING if tied else OUTPUT)
+    if stored_output is None:
+        stored_output = _as_stored(output, dtype, plan.embedding_type if tied else plan.output_type)
+    both = [(norm, output), (rest[NORM].float(), stored_output)]
     both = [(norm.to(dense.device), output.to(dense.device)) for norm, output in both]
     labels = np.pad(windows[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
     eps = dense.model.hyperparameters.norm_rms_eps
