@@ -19,6 +19,7 @@ from vptq_converter.architectures import LINEARS
 from vptq_converter.checkpoint import Checkpoint
 from vptq_converter.config import Section
 from vptq_converter.dense_gguf.checkpoint import open_checkpoint
+from vptq_converter.layer import LayerConfig
 
 from vptq_quantizer.calibration.hessians import HESSIAN_OF, HessianStore, collect, model_key
 from vptq_quantizer.calibration.sequential import GROUPS, Streams, target
@@ -33,7 +34,7 @@ from vptq_quantizer.planning.plan import Plan, uniform_plan
 from vptq_quantizer.planning.target import measure_costs
 from vptq_quantizer.run.checkpoint_writer import CheckpointWriter, Part, copied_files, earlier_plan, stored
 from vptq_quantizer.run.matrices import quantize_matrices
-from vptq_quantizer.run.report import layer_bits, run_report, source_of
+from vptq_quantizer.run.report import dry_report, layer_bits, run_report, source_of
 from vptq_quantizer.run.side_by_side import MOST_IN_FEATURES, Result, side_by_side
 from vptq_quantizer.run.verdict import NORM, measure_verdict
 from vptq_quantizer.training.end_to_end import MEASURED_TOKENS, tune
@@ -101,23 +102,7 @@ def quantize(
     sizes = FileSizes.of(checkpoint, dense.model, name)
     matrices = Plan({}).with_matrices(options, sizes.shapes()).matrices
     wanted = _range(layers, dense.n_layers)
-    text = None
-    if calibration:
-        assert options.seq_len is not None
-        check_context(options.seq_len, dense.model.hyperparameters.n_ctx_train)
-        text = read_calibration(
-            checkpoint, dense.n_vocab, calibration, options.samples, options.seq_len, options.seed
-        )
-        _warn_of_text(text, options, dense.linear_shapes(), warn)
-    elif options.end_to_end:
-        raise OptionError("--end-to-end: found no --calibration, expected text to train on")
-    elif options.sequential:
-        raise OptionError("--sequential: found no --calibration, expected text to run through the model")
-    elif matrices:
-        raise OptionError(
-            f"--calibration: found no text, expected some: {' and '.join(matrices)} are quantised by how "
-            "often tokens come"
-        )
+    text = _text(dense, options, matrices, calibration, warn)
     if options.sequential and hessians is not None:
         raise OptionError(
             "--hessians: found --sequential, too, expected one of them: those that are kept are of the dense "
@@ -138,10 +123,38 @@ def quantize(
     written = {**plan.quantization_config(_biases(dense)), EXPECTED: expected}
     planned = {"bits_per_weight": plan.bits_per_weight, "file_bytes": sizes.file(plan), **written}
     if dry_run:
-        return _dry_report(checkpoint.name, options, planned, dense.n_layers)
+        return dry_report(checkpoint.name, asdict(options), planned, dense.n_layers)
     run = _Run(dense, options, plan, planned, _stored_dtype(checkpoint), text, store, tell)
     with CheckpointWriter(Path(out_dir), what) as writer:
         return run.into(writer, wanted)
+
+
+def _text(
+    dense: DenseModel,
+    options: QuantizeOptions,
+    matrices: Mapping[str, LayerConfig],
+    files: Sequence[str | Path],
+    warn: Callable[[str], None],
+) -> Calibration | None:
+    """The calibration text; None without files, where nothing needs any. matrices: the plan's."""
+    if files:
+        assert options.seq_len is not None
+        check_context(options.seq_len, dense.model.hyperparameters.n_ctx_train)
+        text = read_calibration(
+            dense.checkpoint, dense.n_vocab, files, options.samples, options.seq_len, options.seed
+        )
+        _warn_of_text(text, options, dense.linear_shapes(), warn)
+        return text
+    if options.end_to_end:
+        raise OptionError("--end-to-end: found no --calibration, expected text to train on")
+    if options.sequential:
+        raise OptionError("--sequential: found no --calibration, expected text to run through the model")
+    if matrices:
+        raise OptionError(
+            f"--calibration: found no text, expected some: {' and '.join(matrices)} are quantised by how "
+            "often tokens come"
+        )
+    return None
 
 
 def _plan(
@@ -165,20 +178,6 @@ def _plan(
             dense, options, text, sizes if options.fit else None, lambda what: progress.show(f"plan: {what}")
         )
     return costs.plan(options)
-
-
-def _dry_report(
-    model: str, options: QuantizeOptions, planned: dict[str, Any], n_layers: int
-) -> dict[str, Any]:
-    """What would be done."""
-    return {
-        "model": model,
-        "options": asdict(options),
-        "finished": False,
-        "n_layers": n_layers,
-        "layers": [],
-        "plan": planned,
-    }
 
 
 @dataclass(frozen=True)

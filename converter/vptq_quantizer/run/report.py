@@ -78,6 +78,18 @@ def run_report(
     }
 
 
+def dry_report(model: str, options: dict[str, Any], planned: dict[str, Any], n_layers: int) -> dict[str, Any]:
+    """What a run would do."""
+    return {
+        "model": model,
+        "options": options,
+        "finished": False,
+        "n_layers": n_layers,
+        "layers": [],
+        "plan": planned,
+    }
+
+
 def summary(layers: Sequence[LayerReport]) -> dict[str, Any]:
     """Over all linear layers: bits per weight, seconds, and the mean relative proxy error after each step."""
     linears = [linear for layer in layers for linear in layer["linears"].values()]
