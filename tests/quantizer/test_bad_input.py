@@ -206,6 +206,19 @@ def test_too_little_text_is_said_and_damped(model: Path, tmp_path: Path) -> None
     assert len(warnings) == 2
 
 
+@pytest.mark.parametrize(("vector_len", "is_slow"), [(3, True), (4, False)])
+def test_a_vector_length_without_a_kernel_is_said(
+    model: Path, tmp_path: Path, vector_len: int, is_slow: bool
+) -> None:
+    warnings: list[str] = []
+    options = replace(SMALL, vector_len=vector_len)
+    text = write_text(tmp_path / "text.txt")
+    quantize(model, tmp_path / "out", options, calibration=[text], layers=(0, 0), warn=warnings.append)
+    assert len(warnings) == is_slow
+    for warning in warnings:
+        assert warning.startswith("--vector-len: found 3, expected one of 2, 4, 6, 8, 12, 16: ")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "match"),
     [

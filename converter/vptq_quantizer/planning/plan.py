@@ -46,6 +46,11 @@ class Plan:
         """Of all linear layers, all of their tensors but biases."""
         return sum(map(stored_bits, self.linears.values())) / self.n_weights
 
+    @property
+    def vector_lens(self) -> set[int]:
+        """Of all layers, outliers' too."""
+        return {c.v for c in self.linears.values()} | {c.v0 for c in self.linears.values() if c.n0}
+
     def quantization_config(self, biases: set[str]) -> dict[str, Any]:
         """What config.json says of it, and a run's file; biases: the modules that have one."""
         types = {"embedding_type": self.embedding_type, "output_type": self.output_type}

@@ -30,7 +30,7 @@ from vptq_quantizer.layers.layer_quantizer import Problem, quantize_linear
 from vptq_quantizer.layers.quantized_linear import QuantizedLinear, decoded
 from vptq_quantizer.options import QuantizeOptions, option_error
 from vptq_quantizer.planning.file_size import FileSizes
-from vptq_quantizer.planning.plan import Plan, uniform_plan
+from vptq_quantizer.planning.plan import VECTOR_LENS, Plan, uniform_plan
 from vptq_quantizer.planning.target import measure_costs
 from vptq_quantizer.run.checkpoint_writer import CheckpointWriter, Part, copied_files, earlier_plan, stored
 from vptq_quantizer.run.report import run_report, source_of
@@ -97,6 +97,12 @@ def quantize(
         )
     options = options.for_model(dense.model.hyperparameters.n_ctx_train)
     plan = uniform_plan(options, dense.n_layers, dense.linear_shapes()) if options.by_hand else None
+    if plan is not None and (slow := sorted(plan.vector_lens.difference(VECTOR_LENS))):
+        warn(
+            f"--vector-len: found {', '.join(map(str, slow))}, expected one of "
+            f"{', '.join(map(str, sorted(VECTOR_LENS)))}: the runtime has no kernel for others, and takes "
+            "some 20 times as long"
+        )
     wanted = _range(layers, dense.n_layers)
     text = None
     if calibration:
