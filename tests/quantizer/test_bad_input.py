@@ -207,6 +207,27 @@ def test_too_little_text_is_said_and_damped(model: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("changes", "is_slow"),
+    [
+        ({"vector_len": 3}, True),
+        ({"vector_len": 4}, False),
+        ({"embedding_type": "v3-k16-0"}, True),
+        ({"embedding_type": "v6-k16-0"}, False),
+    ],
+)
+def test_a_vector_length_without_a_kernel_is_said(
+    model: Path, tmp_path: Path, changes: dict[str, Any], is_slow: bool
+) -> None:
+    warnings: list[str] = []
+    options = replace(SMALL, **changes)
+    text = write_text(tmp_path / "text.txt")
+    quantize(model, tmp_path / "out", options, calibration=[text], dry_run=True, warn=warnings.append)
+    assert len(warnings) == is_slow
+    for warning in warnings:
+        assert warning.startswith("vector length: found 3, expected one of 2, 4, 6, 8, 12, 16: ")
+
+
+@pytest.mark.parametrize(
     ("name", "value", "match"),
     [
         ("vector_len", 0, "--vector-len: found 0, expected an integer from 1 to 64"),

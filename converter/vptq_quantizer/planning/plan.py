@@ -49,6 +49,12 @@ class Plan:
         """Of all linear layers, all of their tensors but biases."""
         return sum(map(stored_bits, self.linears.values())) / self.n_weights
 
+    @property
+    def vector_lens(self) -> set[int]:
+        """Of all VPTQ layers, outliers' too."""
+        configs = [*self.linears.values(), *self.matrices.values()]
+        return {c.v for c in configs} | {c.v0 for c in configs if c.n0}
+
     def quantization_config(self, biases: set[str]) -> dict[str, Any]:
         """What config.json says of it, and a run's file; biases: the modules that have one."""
         types = {name: getattr(self, name) for name in MATRICES}

@@ -30,7 +30,7 @@ from vptq_quantizer.layers.layer_quantizer import Problem, quantize_linear
 from vptq_quantizer.layers.quantized_linear import QuantizedLinear, decoded
 from vptq_quantizer.options import QuantizeOptions, option_error
 from vptq_quantizer.planning.file_size import FileSizes
-from vptq_quantizer.planning.plan import Plan, uniform_plan
+from vptq_quantizer.planning.plan import VECTOR_LENS, Plan, uniform_plan
 from vptq_quantizer.planning.target import measure_costs
 from vptq_quantizer.run.checkpoint_writer import CheckpointWriter, Part, copied_files, earlier_plan, stored
 from vptq_quantizer.run.matrices import quantize_matrices
@@ -100,9 +100,10 @@ def quantize(
     plan = uniform_plan(options, dense.n_layers, dense.linear_shapes()) if options.by_hand else None
     name = os.fsencode(Path(out_dir).absolute().name).decode(errors="replace")
     sizes = FileSizes.of(checkpoint, dense.model, name)
-    matrices = Plan({}).with_matrices(options, sizes.shapes()).matrices
+    by_hand = (plan or Plan({})).with_matrices(options, sizes.shapes())
+    _warn_of_vector_lens(by_hand, warn)
     wanted = _range(layers, dense.n_layers)
-    text = _text(dense, options, matrices, calibration, warn)
+    text = _text(dense, options, by_hand.matrices, calibration, warn)
     if options.sequential and hessians is not None:
         raise OptionError(
             "--hessians: found --sequential, too, expected one of them: those that are kept are of the dense "
@@ -467,6 +468,16 @@ def _biases(dense: DenseModel) -> set[str]:
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """bfloat16 where the dense model has that, else float16: the model's config names one for all."""
     return torch.bfloat16 if checkpoint.tensor("model.embed_tokens.weight").dtype == "BF16" else torch.float16
+
+
+def _warn_of_vector_lens(plan: Plan, warn: Callable[[str], None]) -> None:
+    slow = sorted(plan.vector_lens.difference(VECTOR_LENS))
+    if slow:
+        warn(
+            f"vector length: found {', '.join(map(str, slow))}, expected one of "
+            f"{', '.join(map(str, sorted(VECTOR_LENS)))}: the runtime has no kernel for others, and takes "
+            "some 20 times as long"
+        )
 
 
 def _warn_of_text(
