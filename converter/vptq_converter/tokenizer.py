@@ -39,7 +39,7 @@ SPLITTERS = {
 @dataclass(frozen=True)
 class TokenizerKeys:
     keys: list[Key]  # tokenizer.ggml.* and the chat template
-    json: str  # the whole tokenizer.json, without the space between its parts: less than half as long
+    json: str  # the whole tokenizer.json, without the space between its parts
     eos_token_ids: list[int]  # every token that ends a text, sorted
 
 

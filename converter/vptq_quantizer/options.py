@@ -16,7 +16,7 @@ from vptq_runtime.errors import OptionError
 DEFAULT_BITS = 2.0  # per weight, where neither v and k nor a size are given
 DEFAULT_SEQ_LEN = 2048
 MATRICES = {"embedding_type": EMBEDDING, "output_type": OUTPUT}  # modules outside of decoder layers
-CONFIGURATION = re.compile(r"v(\d{1,9})-k(\d{1,9})-(\d{1,9})")  # of a VPTQ layer: v, k and r
+CONFIGURATION = re.compile(r"v(\d{1,9})-k(\d{1,9})-(\d{1,9})", re.ASCII)  # of a VPTQ layer: v, k and r
 SCALAR_TYPES = tuple(type for type in OPTION_TYPES if type != "bf16")
 
 

@@ -17,7 +17,7 @@ from vptq_converter.tokenizer import read_tokenizer
 from vptq_quantizer.planning.plan import AUTO, Plan
 
 SIXTEEN_BITS = GGMLQuantizationType.F16  # or bfloat16: of the same size
-MATRICES = {EMBEDDING: "token_embd", OUTPUT: "output"}  # names in the file, by module path
+FILE_NAMES = {EMBEDDING: "token_embd", OUTPUT: "output"}  # of the matrices, by module path
 MATRIX_TYPES = (AUTO, "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # AUTO: 16 bits, as the checkpoint has them
 
 
@@ -42,12 +42,12 @@ class FileSizes:
         freqs = model.hyperparameters.rope_freqs
         if freqs is not None:
             others.append(TensorInfo("rope_freqs.weight", GGMLQuantizationType.F32, freqs.shape))
-        matrices = {w.name: w.weight.shape for w in model.weights if w.name in MATRICES.values()}
+        matrices = {w.name: w.weight.shape for w in model.weights if w.name in FILE_NAMES.values()}
         return cls(keys_bytes(model.architecture.gguf_name, keys), matrices, others)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the embedding and the output matrix, by module path."""
-        return {module: self.matrices[name] for module, name in MATRICES.items() if name in self.matrices}
+        return {module: self.matrices[name] for module, name in FILE_NAMES.items() if name in self.matrices}
 
     def linear(self, module: str, config: LayerConfig) -> int:
         """Of the linear layer at that module path, without its bias; at most, as with `matrix`."""
@@ -69,7 +69,7 @@ class FileSizes:
     def file(self, plan: Plan) -> int:
         """The whole file."""
         types = {"token_embd": plan.embedding_type, "output": plan.output_type}
-        scalars = self.matrices.keys() - {MATRICES[module] for module in plan.matrices}
+        scalars = self.matrices.keys() - {FILE_NAMES[module] for module in plan.matrices}
         infos = [*self.others, *(self._matrix(name, types[name]) for name in scalars)]
         layers = {**plan.linears, **plan.matrices}
         infos += [info for item in layers.items() for info in _linear(*item)]
@@ -104,7 +104,7 @@ def _others(weight: Weight) -> list[TensorInfo]:
 
 
 def _linear(module: str, config: LayerConfig) -> Iterable[TensorInfo]:
-    name = MATRICES.get(module)
+    name = FILE_NAMES.get(module)
     if name is None:
         _, _, n, path = module.split(".", 3)
         name = f"blk.{n}.{LINEARS[path]}"

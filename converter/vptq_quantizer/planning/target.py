@@ -21,7 +21,7 @@ from vptq_quantizer.dense_model import DenseModel, linears
 from vptq_quantizer.options import DEFAULT_BITS, QuantizeOptions
 from vptq_quantizer.planning.allocation import Choice, allocate, least_size
 from vptq_quantizer.planning.distortion import VECTORS_A_CENTROID, Distortion, measure_distortion
-from vptq_quantizer.planning.file_size import MATRICES, FileSizes, in_words
+from vptq_quantizer.planning.file_size import FILE_NAMES, FileSizes, in_words
 from vptq_quantizer.planning.matrices import matrix_losses
 from vptq_quantizer.planning.plan import AUTO, VECTOR_LENS, Plan, stored_bits
 from vptq_quantizer.planning.sensitivity import Columns, measure_sensitivity, tokens_needed
@@ -59,7 +59,7 @@ class Costs:
         budget = self._budget(options, least_size(choices))
         chosen = allocate(choices, budget)
         stored = dict(zip((*self.linears, *self.matrices), (choice.stored for choice in chosen), strict=True))
-        embedding_type, output_type = (str(stored.pop(name, AUTO)) for name in MATRICES.values())
+        embedding_type, output_type = (str(stored.pop(name, AUTO)) for name in FILE_NAMES.values())
         configs = {module: config for module, config in stored.items() if isinstance(config, LayerConfig)}
         loss = sum(choice.loss for choice in chosen)
         return Plan(configs, embedding_type, output_type), loss if self.are_divergences else None

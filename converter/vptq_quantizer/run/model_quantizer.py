@@ -476,7 +476,7 @@ def _warn_of_vector_lens(plan: Plan, warn: Callable[[str], None]) -> None:
         warn(
             f"vector length: found {', '.join(map(str, slow))}, expected one of "
             f"{', '.join(map(str, sorted(VECTOR_LENS)))}: the runtime has no kernel for others, and takes "
-            "some 20 times as long"
+            "7 to 9 times as long"
         )
 
 
